@@ -1,0 +1,183 @@
+"""Every setting of flexjax, once, with its default.
+
+A file in `configs/` builds a `Config`; `--config.a.b=value` overrides any field. Each field says how it behaves when a run
+is resumed from a checkpoint:
+
+- `identity`    the run would be another run: a changed value is refused;
+- `schedule`    the run continues, but along another path: refused without `--allow_schedule_change`, and logged;
+- `operations`  where and how fast, never what: free.
+
+`Bank` is not a setting but the static description of a group of experts; it stands here because every room speaks of it.
+"""
+
+import dataclasses
+from typing import Any
+
+
+def _field(default: Any, resume: str) -> Any:
+    return dataclasses.field(default=default, metadata={"resume": resume})
+
+
+def identity(default: Any) -> Any:
+    """A field whose change makes another run."""
+    return _field(default, "identity")
+
+
+def schedule(default: Any) -> Any:
+    """A field whose change alters the rest of the run, not its past."""
+    return _field(default, "schedule")
+
+
+def operations(default: Any) -> Any:
+    """A field that changes where and how fast a run goes, never its result."""
+    return _field(default, "operations")
+
+
+def nested(factory: Any) -> Any:
+    """A sub-config."""
+    return dataclasses.field(default_factory=factory)
+
+
+PUBLIC = "public"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """A group of experts of one width that are trained or frozen together.
+
+    Attributes:
+      name: the key under `params["experts"]`.
+      experts: names, in the order of the leaves' expert axis.
+      d_ff: hidden width of each expert's SwiGLU.
+      biased: whether its routers carry a bias (the public bank is the gauge and has none).
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    d_ff: int
+    biased: bool = True
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Shapes of the OLMo-2 decoder; `d_ff` is the width of the public expert."""
+
+    vocab_size: int = identity(2048)
+    d_model: int = identity(128)
+    num_layers: int = identity(4)
+    num_heads: int = identity(4)
+    num_kv_heads: int = identity(4)
+    head_dim: int = identity(32)
+    d_ff: int = identity(512)
+    tied_head: bool = identity(False)
+    rope_theta: float = identity(500_000.0)
+    norm_eps: float = identity(1e-6)
+    init_std: float = identity(0.02)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where text comes from and how it becomes windows of tokens.
+
+    `{root}` and `{domain}` in the file patterns are filled in; patterns may hold globs and may be `gs://`. With an empty
+    root the built-in corpus is used. Files: .jsonl, .jsonl.gz (a `text_field` per line), .npy, .bin (token arrays).
+    """
+
+    root: str = operations("")
+    train_files: str = operations("{root}/{domain}/train.jsonl.gz")
+    validation_files: str = operations("{root}/{domain}/validation.jsonl.gz")
+    text_field: str = identity("text")
+    tokenizer: str = operations("")  # a .model or tokenizer.json; empty: train one on the public text
+    token_dtype: str = identity("uint16")  # of headerless .npy and .bin files
+    seq_len: int = identity(128)
+    attend_across_documents: bool = identity(False)
+    bad_documents: str = identity("strict")  # or "quarantine": counted, listed by id, at most 0.1 %
+    max_document_mb: int = operations(64)
+    cache_dir: str = operations("")  # tokenised corpora; empty: `data/` in the workdir
+    prefetch: int = operations(4)  # batches prepared ahead
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """One training run: what is trainable, for how long, and how."""
+
+    trainable: str = identity(".*")  # full match on the parameter path
+    steps: int = schedule(400)
+    batch_size: int = identity(16)  # sequences per step, all devices together
+    accumulation: int = identity(1)  # micro-batches per step
+    learning_rate: float = schedule(3e-3)
+    decay: str = schedule("cosine")  # or "constant"
+    warmup_steps: int = schedule(20)
+    final_fraction: float = schedule(0.1)  # learning rate at the end / peak
+    weight_decay: float = schedule(0.1)
+    decayed: str = identity(r".*/(q|k|v|o|gate|up|down|kernel)|embed/embedding")  # paths that decay
+    b1: float = schedule(0.9)
+    b2: float = schedule(0.95)
+    adam_eps: float = schedule(1e-8)
+    clip_norm: float = schedule(1.0)
+    z_loss: float = schedule(1e-5)
+    router_z_loss: float = schedule(0.0)
+    load_balance_loss: float = schedule(0.0)
+    spike_factor: float = schedule(100.0)  # skip a step whose gradient norm exceeds this times its running mean
+    max_bad_steps: int = schedule(10)  # skipped in a row before the run stops
+    compute_dtype: str = identity("float32")  # or "bfloat16"; trainable masters stay float32
+    frozen_dtype: str = identity("float32")  # frozen leaves are cast to this when loaded
+    remat: str = operations("none")  # "none", "dots" or "full"
+    scan_layers: bool = operations(False)
+    save_every: int = operations(100)
+    keep: int = operations(2)
+    log_every: int = operations(10)
+
+
+@dataclasses.dataclass
+class AnchorConfig:
+    """The frozen public model. With an empty path, it is trained first, by `train`."""
+
+    path: str = operations("")
+    rows: str = identity("logistic")  # "logistic", "mean", "text" or "random": how owners make their router rows
+    statistics_tokens: int = identity(2048)  # public token states kept per layer
+    train: TrainConfig = nested(TrainConfig)
+
+
+@dataclasses.dataclass
+class ExpertConfig:
+    """The owner's expert; its name is also the domain whose files it reads."""
+
+    name: str = identity("math")
+    d_ff: int = identity(0)  # 0: as wide as the public expert; narrower keeps its strongest units
+    public_fraction: float = identity(0.25)  # share of windows that are public negatives
+    row_documents: int = identity(1000)  # documents behind the domain row, at least 1000
+
+
+@dataclasses.dataclass
+class MixtureConfig:
+    """Joint training and router tuning: which experts, on which mixture of their domains and public text."""
+
+    experts: tuple[str, ...] = identity(("math", "code"))
+    public_fraction: float = identity(0.34)
+    top_k: int = identity(2)
+    model_path: str = operations("")  # router tuning: the merged model to start from
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """What the final table scores."""
+
+    domains: tuple[str, ...] = operations((PUBLIC, "math"))
+    max_kilobytes: int = operations(256)  # of validation text per domain; 0: all
+    batch_size: int = operations(16)
+
+
+@dataclasses.dataclass
+class Config:
+    """A whole job. `phase` is "public", "expert", "joint" or "router"."""
+
+    phase: str = identity("expert")
+    seed: int = identity(0)
+    model: ModelConfig = nested(ModelConfig)
+    data: DataConfig = nested(DataConfig)
+    anchor: AnchorConfig = nested(AnchorConfig)
+    expert: ExpertConfig = nested(ExpertConfig)
+    mixture: MixtureConfig = nested(MixtureConfig)
+    train: TrainConfig = nested(TrainConfig)
+    evaluation: EvaluationConfig = nested(EvaluationConfig)

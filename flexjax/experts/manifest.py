@@ -1,0 +1,140 @@
+"""Manifests: what an anchor, a bundle or a merged model says of itself, as canonical JSON that its digest covers.
+
+    anchor   kind, format, model (shapes), tokenizer {file, digest}, rows (method), tensors, training
+    expert   kind, format, name, anchor (digest), d_ff, tensors, training
+    model    kind, format, anchor (digest), experts {name: digest}, top_k
+
+`digest` is the SHA-256 of the rest of the manifest; since `tensors` lists the SHA-256 of every slice, it covers every byte.
+A manifest from somebody else is read strictly: bounded size and depth, no duplicate key, no unknown or missing field.
+"""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from flexjax import config as config_lib
+from flexjax import errors, tree
+
+FORMAT = 1
+FILE = "manifest.json"
+MAX_BYTES = 2**20
+MAX_DEPTH = 20
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+FIELDS = {
+    "anchor": {"kind", "format", "model", "tokenizer", "rows", "tensors", "training", "digest"},
+    "expert": {"kind", "format", "name", "anchor", "d_ff", "tensors", "training", "digest"},
+    "model": {"kind", "format", "anchor", "experts", "top_k", "digest"},
+}
+Manifest = dict[str, Any]
+
+
+def check_name(name: str) -> str:
+    """Returns the name if it may label an owner's expert.
+
+    Raises:
+      ConfigError: it is empty, a path, reserved, or not of `[a-z0-9][a-z0-9._-]{0,62}`.
+    """
+    if name == config_lib.PUBLIC:
+        raise errors.ConfigError(f"expert name '{name}' is reserved for the anchor's own expert; choose another name")
+    if not NAME.fullmatch(name) or ".." in name:
+        raise errors.ConfigError(
+            f"expert name {name[:80]!r} must be 1 to 63 characters of a-z, 0-9, '.', '_', '-', starting with a letter or digit"
+        )
+    return name
+
+
+def digest_of(manifest: Manifest) -> str:
+    """SHA-256 of the canonical JSON of everything but the digest itself."""
+    return tree.sha256(tree.canonical_json({key: value for key, value in manifest.items() if key != "digest"}))
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """Adds format and digest; refuses fields that the kind does not have."""
+    sealed = {**manifest, "format": FORMAT}
+    sealed["digest"] = digest_of(sealed)
+    _check_fields(sealed, "the manifest to be written")
+    return sealed
+
+
+def write(directory: epath.PathLike, manifest: Manifest) -> None:
+    """Writes the manifest last of all files: it is the commit point of its directory."""
+    final = epath.Path(directory) / FILE
+    temporary = final.parent / f".{FILE}.partial"
+    try:
+        temporary.write_bytes(tree.canonical_json(manifest) + b"\n")
+        temporary.rename(final) if not final.exists() else temporary.replace(final)
+    except OSError as error:
+        raise errors.StorageError(f"cannot write {final}: {error.strerror or error}; check space and permissions") from None
+
+
+def read(directory: epath.PathLike, kind: str) -> Manifest:
+    """Reads and checks the manifest of a directory.
+
+    Raises:
+      StorageError: there is none. IntegrityError: it is not what it should be, or its digest is another.
+    """
+    path = epath.Path(directory) / FILE
+    if not path.exists():
+        hint = "the directory does not exist" if not path.parent.exists() else "the directory has no manifest.json"
+        raise errors.StorageError(f"{path.parent} is no flexjax {kind}: {hint}; give the directory that a run wrote")
+    if path.stat().length > MAX_BYTES:
+        raise errors.IntegrityError(f"{path} is larger than {MAX_BYTES} bytes; no honest manifest is")
+    manifest = _parse(path.read_bytes(), path)
+    if manifest.get("kind") != kind:
+        raise errors.IntegrityError(f"{path} describes kind {str(manifest.get('kind'))[:20]!r}, expected '{kind}'")
+    if manifest.get("format") != FORMAT:
+        raise errors.IntegrityError(f"{path} has format {str(manifest.get('format'))[:20]}, this version reads {FORMAT}")
+    _check_fields(manifest, str(path))
+    found = digest_of(manifest)
+    if manifest["digest"] != found:
+        raise errors.IntegrityError(
+            f"{path}: content has digest {found[:12]}, the manifest says {str(manifest['digest'])[:12]}"
+        )
+    return manifest
+
+
+def model_config(anchor: Manifest, where: epath.PathLike) -> config_lib.ModelConfig:
+    """The shapes an anchor's manifest states; unknown, missing or mistyped fields are refused."""
+    fields: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(config_lib.ModelConfig)}
+    stated = anchor["model"]
+    if not isinstance(stated, dict) or set(stated) != set(fields):
+        raise errors.IntegrityError(f"{where}: the manifest's model must have exactly the fields {', '.join(sorted(fields))}")
+    for name, kind in fields.items():
+        value = stated[name]
+        bad = not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 < value <= 2**24))
+        if bad and not (kind is float and isinstance(value, int) and not isinstance(value, bool)):
+            raise errors.IntegrityError(f"{where}: model.{name} is {str(value)[:20]}, expected a plausible {kind.__name__}")
+    return config_lib.ModelConfig(**stated)
+
+
+def _check_fields(manifest: Manifest, where: str) -> None:
+    expected = FIELDS[manifest["kind"]]
+    for field in sorted(expected ^ set(manifest)):
+        state = "is missing" if field in expected else "is unknown"
+        raise errors.IntegrityError(
+            f"{where}: field '{field[:40]}' {state}; a {manifest['kind']} manifest has {sorted(expected)}"
+        )
+
+
+def _parse(data: bytes, path: epath.Path) -> Manifest:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    try:
+        depth = deepest = 0
+        for byte in data:
+            depth += (byte in b"[{") - (byte in b"]}")
+            deepest = max(deepest, depth)
+        if deepest > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        manifest = json.loads(data, object_pairs_hook=unique)
+        if not isinstance(manifest, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise errors.IntegrityError(f"{path} is no manifest: {error}") from None
+    return manifest

@@ -1,0 +1,366 @@
+"""Anchors, bundles and merged models on disk.
+
+    ANCHOR/   manifest.json  tokenizer.*  tensors/{embed,layers,head,expert,statistics}/...
+    BUNDLE/   manifest.json               tensors/expert/{ffn,router}/...
+    MODEL/    manifest.json  anchor/  experts/<digest>/
+
+What a manifest does not name does not exist. Bytes are hashed as they are read: what was verified is what is used.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from flexjax import config as config_lib
+from flexjax import errors, tree
+from flexjax.experts import manifest as manifest_lib
+from flexjax.experts import slices, surgery
+from flexjax.model import transformer
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclasses.dataclass
+class Artefact:
+    """An anchor or a bundle whose manifest has been checked; tensors are read, and verified, on demand."""
+
+    directory: epath.Path
+    manifest: manifest_lib.Manifest
+    label: str
+
+    def slices_of(self, path: str) -> Iterator[np.ndarray]:
+        """Reads one tensor slice by slice, verifying each against the manifest."""
+        entry = self.manifest["tensors"][path]
+        dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+        chunk = tree.chunk_shape(path, shape, dtype.itemsize)
+        size = int(np.prod(chunk, dtype=np.int64)) * dtype.itemsize
+        for index, expected in enumerate(entry["slices"]):
+            file = self.directory / "tensors" / path / slices.slice_file(index, len(shape))
+            data = slices.read_file(file, size)
+            if tree.sha256(data) != expected:
+                raise errors.IntegrityError(
+                    f"{file}: bytes differ from the manifest of {self.label} (tensor {path}, slice {index}); restore the file"
+                )
+            yield np.frombuffer(data, dtype).reshape(chunk)[: shape[0] - index * chunk[0]]
+
+    def tensor(self, path: str) -> np.ndarray:
+        """Reads one tensor whole."""
+        return np.concatenate(list(self.slices_of(path)))
+
+    def tensors(self, prefix: str) -> tree.Tree:
+        """Reads all tensors below a path; the paths of the result are relative to it."""
+        names = [path for path in self.manifest["tensors"] if path.startswith(prefix + "/")]
+        return tree.unflatten({path.removeprefix(prefix + "/"): self.tensor(path) for path in names})
+
+    def shared(self) -> tree.Tree:
+        """The shared tree {embed, layers, head} of an anchor."""
+        return {part: self.tensors(part) for part in ("embed", "layers", "head")}
+
+    def verify(self) -> None:
+        """Reads every byte, and refuses files that the manifest does not name."""
+        expected = {manifest_lib.FILE, *_extra_files(self.manifest)}
+        for path, entry in self.manifest["tensors"].items():
+            expected.add(f"tensors/{path}/zarr.json")
+            expected |= {f"tensors/{path}/{slices.slice_file(i, len(entry['shape']))}" for i in range(len(entry["slices"]))}
+            for rows in self.slices_of(path):
+                check_content(path, rows, self.label)
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            metadata = slices.zarr_metadata(dtype, shape, tree.chunk_shape(path, shape, slices.ITEMSIZE[dtype]))
+            if slices.read_file(self.directory / "tensors" / path / "zarr.json", len(metadata)) != metadata:
+                raise errors.IntegrityError(f"{self.directory}/tensors/{path}/zarr.json does not describe the tensor; refused")
+        if self.manifest["kind"] == "anchor":
+            tokenizer_path(self)
+        for file in sorted(_listing(self.directory) - expected):
+            raise errors.IntegrityError(f"{self.directory / file} is not named by the manifest of {self.label}; remove it")
+
+
+def check_content(path: str, rows: np.ndarray, label: str) -> None:
+    """Raises IntegrityError if a slice holds NaN or infinity, or a bias above 0."""
+    values = rows.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise errors.IntegrityError(f"{label}: tensor {path} holds NaN or infinity; ask its owner for a sound bundle")
+    if path.endswith("router/bias") and (values > 0).any():
+        raise errors.IntegrityError(f"{label}: tensor {path} holds a positive bias; a bias may only lower an expert's claim")
+
+
+def _extra_files(manifest: manifest_lib.Manifest) -> set[str]:
+    return {manifest["tokenizer"]["file"]} if manifest["kind"] == "anchor" else set()
+
+
+def _listing(directory: epath.Path) -> set[str]:
+    files = set()
+    for entry in directory.iterdir():
+        nested = entry.is_dir() and not os.path.islink(entry)
+        files |= {f"{entry.name}/{below}" for below in _listing(entry)} if nested else {entry.name}
+    return files
+
+
+def shared_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of a model's shared tree."""
+    dense = transformer.Architecture(config, transformer.dense_banks(config))
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(transformer.abstract(dense)).items()}
+    return {path: shape for path, shape in shapes.items() if not path.startswith("experts/")}
+
+
+def expert_shapes(config: config_lib.ModelConfig, d_ff: int, biased: bool) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of one expert on disk."""
+    layers, d = config.num_layers, config.d_model
+    shapes: dict[str, tuple[int, ...]] = {
+        "expert/ffn/gate": (layers, d, d_ff),
+        "expert/ffn/up": (layers, d, d_ff),
+        "expert/ffn/down": (layers, d_ff, d),
+        "expert/router/row": (layers, d),
+    }
+    return shapes | ({"expert/router/bias": (layers,)} if biased else {})
+
+
+def _check_schema(artefact: Artefact, expected: dict[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
+    """Compares declared tensors with our own schema, before any of them is opened."""
+    declared = artefact.manifest["tensors"]
+    if not isinstance(declared, dict):
+        raise errors.IntegrityError(f"{artefact.label}: the manifest's tensors must be an object")
+    for path in sorted(set(declared) - set(expected) - set(optional)):
+        raise errors.IntegrityError(f"{artefact.label}: unexpected tensor '{path[:80]}'")
+    for path, shape in expected.items():
+        entry = declared.get(path)
+        if entry is None:
+            raise errors.IntegrityError(f"{artefact.label}: tensor {path} is missing; expected shape {list(shape)}")
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "slices"} or entry["dtype"] not in slices.ITEMSIZE:
+            raise errors.IntegrityError(f"{artefact.label}: the entry of tensor {path} must hold dtype, shape and slices")
+        if entry["shape"] != list(shape):
+            raise errors.IntegrityError(f"{artefact.label}: tensor {path} has shape {entry['shape']}, expected {list(shape)}")
+        if len(entry["slices"]) != slices.slice_count(path, shape, slices.ITEMSIZE[entry["dtype"]]):
+            raise errors.IntegrityError(
+                f"{artefact.label}: tensor {path} has {len(entry['slices'])} slices, its shape needs others"
+            )
+
+
+def write_anchor(
+    directory: epath.PathLike,
+    config: config_lib.ModelConfig,
+    tokenizer_file: epath.PathLike,
+    tensors: Callable[[slices.TensorWriter], None],
+    *,
+    rows: str,
+    training: dict[str, Any],
+) -> Artefact:
+    """Writes an anchor: `tensors(writer)` puts embed/, layers/, head/, expert/ (the public one) and statistics/."""
+    home = _fresh(directory)
+    source = epath.Path(tokenizer_file)
+    data = source.read_bytes()
+    (home / source.name).write_bytes(data)
+    writer = slices.TensorWriter(home)
+    tensors(writer)
+    manifest = {
+        "kind": "anchor",
+        "model": dataclasses.asdict(config),
+        "tokenizer": {"file": source.name, "digest": tree.sha256(data)},
+        "rows": rows,
+        "tensors": writer.entries,
+        "training": training,
+    }
+    manifest_lib.write(home, manifest_lib.seal(manifest))
+    return open_anchor(home)
+
+
+def open_anchor(directory: epath.PathLike) -> Artefact:
+    """Opens an anchor: manifest and schema are checked, tensors when they are read."""
+    home = epath.Path(directory)
+    anchor = Artefact(home, manifest_lib.read(home, "anchor"), f"anchor {home}")
+    config = manifest_lib.model_config(anchor.manifest, home / manifest_lib.FILE)
+    expected = shared_shapes(config) | expert_shapes(config, config.d_ff, biased=False)
+    optional = {"statistics/states", "statistics/projection"}
+    _check_schema(anchor, expected, optional)
+    return anchor
+
+
+def config_of(anchor: Artefact) -> config_lib.ModelConfig:
+    """Shapes of an anchor's model."""
+    return manifest_lib.model_config(anchor.manifest, anchor.directory / manifest_lib.FILE)
+
+
+def tokenizer_path(anchor: Artefact) -> epath.Path:
+    """The anchor's tokenizer file, after its digest was compared.
+
+    Raises:
+      IntegrityError: the file is missing or not the one that the manifest names.
+    """
+    entry = anchor.manifest["tokenizer"]
+    if not isinstance(entry, dict) or entry.get("file") not in TOKENIZER_FILES:
+        raise errors.IntegrityError(f"{anchor.label}: the tokenizer must be one of {', '.join(TOKENIZER_FILES)}")
+    path = anchor.directory / entry["file"]
+    if not path.exists() or tree.sha256(path.read_bytes()) != entry.get("digest"):
+        raise errors.IntegrityError(f"{path} is missing or not the tokenizer that the anchor was trained with; restore it")
+    return path
+
+
+def public_expert(anchor: Artefact) -> tree.Tree:
+    """The anchor's own expert, router row included."""
+    return anchor.tensors("expert")
+
+
+def write_bundle(
+    directory: epath.PathLike, name: str, anchor_digest: str, expert: tree.Tree, training: dict[str, Any]
+) -> Artefact:
+    """Writes one expert: its FFN, router row and effective bias (never above 0)."""
+    home = _fresh(directory)
+    writer = slices.TensorWriter(home)
+    for path, leaf in tree.flatten(expert).items():
+        check_content(path, np.asarray(leaf), f"expert '{name}'")
+    writer.put_tree({"expert": expert})
+    manifest = {
+        "kind": "expert",
+        "name": manifest_lib.check_name(name),
+        "anchor": anchor_digest,
+        "d_ff": surgery.width(expert),
+        "tensors": writer.entries,
+        "training": training,
+    }
+    manifest_lib.write(home, manifest_lib.seal(manifest))
+    return Artefact(home, manifest_lib.read(home, "expert"), f"expert '{name}' in {home}")
+
+
+def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig) -> Artefact:
+    """Opens a bundle and checks its manifest against the shapes of an anchor; no tensor is read."""
+    home = epath.Path(directory)
+    manifest = manifest_lib.read(home, "expert")
+    name = manifest["name"]
+    if not isinstance(name, str):
+        raise errors.IntegrityError(f"{home}: the expert's name must be a string")
+    bundle = Artefact(home, manifest, f"expert '{manifest_lib.check_name(name)}' in {home}")
+    d_ff = manifest["d_ff"]
+    if not isinstance(d_ff, int) or isinstance(d_ff, bool) or not 0 < d_ff <= config.d_ff * 8:
+        raise errors.IntegrityError(
+            f"{bundle.label}: d_ff is {str(d_ff)[:20]}, expected a width near the anchor's {config.d_ff}"
+        )
+    _check_schema(bundle, expert_shapes(config, d_ff, biased=True))
+    return bundle
+
+
+@dataclasses.dataclass
+class Model:
+    """A merged model on disk: the anchor, and bundles by name."""
+
+    directory: epath.Path
+    manifest: manifest_lib.Manifest
+    anchor: Artefact
+    bundles: dict[str, Artefact]
+
+    @property
+    def tree_digest(self) -> str:
+        """Covers the anchor, every expert and top_k; independent of time, host, order and history."""
+        return self.manifest["digest"]
+
+
+def write_model(directory: epath.PathLike, anchor: Artefact, bundles: dict[str, Artefact], top_k: int) -> Model:
+    """Copies an anchor and bundles into a model directory, verifying every byte, and commits with the manifest."""
+    home = _fresh(directory)
+    copy(anchor, home / "anchor")
+    for bundle in bundles.values():
+        copy(bundle, home / "experts" / bundle.manifest["digest"])
+    write_model_manifest(home, anchor, bundles, top_k)
+    return open_model(home)
+
+
+def write_model_manifest(home: epath.Path, anchor: Artefact, bundles: dict[str, Artefact], top_k: int) -> None:
+    """Commits a model: from here on, exactly these experts exist."""
+    manifest = {
+        "kind": "model",
+        "anchor": anchor.manifest["digest"],
+        "experts": {name: bundle.manifest["digest"] for name, bundle in bundles.items()},
+        "top_k": top_k,
+    }
+    manifest_lib.write(home, manifest_lib.seal(manifest))
+
+
+def copy(artefact: Artefact, target: epath.Path) -> None:
+    """Copies an artefact through verified reads; the manifest comes last."""
+    if target.exists():
+        target.rmtree()
+    target.mkdir(parents=True)
+    writer = slices.TensorWriter(target)
+    for path, entry in artefact.manifest["tensors"].items():
+        pieces = artefact.slices_of(path)
+        writer.put(path, entry["dtype"], tuple(entry["shape"]), _checked(pieces, path, artefact.label))
+    for name in _extra_files(artefact.manifest):
+        (target / name).write_bytes((artefact.directory / name).read_bytes())
+    manifest_lib.write(target, artefact.manifest)
+
+
+def _checked(pieces: Iterator[np.ndarray], path: str, label: str) -> Iterator[np.ndarray]:
+    for piece in pieces:
+        check_content(path, piece, label)
+        yield piece
+
+
+def open_model(directory: epath.PathLike) -> Model:
+    """Opens a merged model: all manifests and schemas are checked, tensors when they are read."""
+    home = epath.Path(directory)
+    manifest = manifest_lib.read(home, "model")
+    anchor = open_anchor(home / "anchor")
+    if anchor.manifest["digest"] != manifest["anchor"]:
+        raise errors.IntegrityError(
+            f"{home}/anchor has digest {anchor.manifest['digest'][:12]}, the model names {str(manifest['anchor'])[:12]}"
+        )
+    config = config_of(anchor)
+    bundles = {}
+    for name, digest in manifest["experts"].items():
+        if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise errors.IntegrityError(f"{home}: the digest of expert '{name[:63]}' is no SHA-256")
+        bundle = open_bundle(home / "experts" / digest, config)
+        if bundle.manifest["digest"] != digest or bundle.manifest["name"] != name:
+            raise errors.IntegrityError(f"{bundle.label} is not the expert '{name}' that {home} names; restore it")
+        if bundle.manifest["anchor"] != manifest["anchor"]:
+            raise errors.IntegrityError(f"{bundle.label} was trained on anchor {bundle.manifest['anchor'][:12]}, not this one")
+        bundles[name] = bundle
+    if not isinstance(manifest["top_k"], int) or not 1 <= manifest["top_k"] <= len(bundles) + 1:
+        raise errors.IntegrityError(f"{home}: top_k is {str(manifest['top_k'])[:20]}, expected 1 to {len(bundles) + 1}")
+    return Model(home, manifest, anchor, bundles)
+
+
+def load(model: Model, top_k: int | None = None) -> tuple[transformer.Architecture, tree.Tree]:
+    """Reads a merged model into memory, as float32 NumPy arrays or the published dtype, in the standard banks."""
+    experts = {config_lib.PUBLIC: public_expert(model.anchor)}
+    for name, bundle in model.bundles.items():
+        experts[name] = bundle.tensors("expert")
+        for path, leaf in tree.flatten(experts[name]).items():
+            check_content(path, leaf, bundle.label)
+    params, banks = surgery.join(model.anchor.shared(), experts)
+    return surgery.architecture(config_of(model.anchor), banks, model.manifest["top_k"] if top_k is None else top_k), params
+
+
+def load_anchor(anchor: Artefact) -> tuple[transformer.Architecture, tree.Tree]:
+    """Reads an anchor into memory as a dense model."""
+    params, banks = surgery.join(anchor.shared(), {config_lib.PUBLIC: public_expert(anchor)})
+    return surgery.architecture(config_of(anchor), banks, 1), params
+
+
+def sweep(model: Model) -> list[str]:
+    """Deletes what the manifest of a model does not name; returns the names of what went."""
+    gone = []
+    kept = {bundle.manifest["digest"] for bundle in model.bundles.values()}
+    experts = model.directory / "experts"
+    for entry in experts.iterdir() if experts.exists() else []:
+        if entry.name not in kept:
+            entry.rmtree()
+            gone.append(entry.name)
+    return gone
+
+
+def _fresh(directory: epath.PathLike) -> epath.Path:
+    """An empty directory to write to; leftovers without a manifest are swept, a finished artefact is never overwritten."""
+    home = epath.Path(directory)
+    if (home / manifest_lib.FILE).exists():
+        raise errors.StorageError(f"{home} already holds a finished artefact; choose another directory or remove it")
+    try:
+        if home.exists():
+            shutil.rmtree(home) if "://" not in str(home) else home.rmtree()
+        home.mkdir(parents=True)
+    except OSError as error:
+        raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
+    return home

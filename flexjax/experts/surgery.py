@@ -1,0 +1,109 @@
+"""Tree surgery: experts in and out of a parameter tree, by name. Pure functions of trees, no I/O.
+
+An expert on its own is `{ffn: {gate, up, down}, router: {row, bias}}` with leaves `[L, ...]`, without an expert axis.
+Everything else of a model is its shared tree `{embed, layers, head}`. `split` and `join` are inverses.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from flexjax import config as config_lib
+from flexjax import errors, tree
+from flexjax.model import router, transformer
+
+Experts = Mapping[str, tree.Tree]
+
+
+def width(expert: tree.Tree) -> int:
+    """Hidden units of an expert's SwiGLU."""
+    return int(expert["ffn"]["gate"].shape[-1])
+
+
+def group(experts: Experts) -> dict[str, tuple[str, ...]]:
+    """The standard banks: `public` alone, then one bank per width, experts in canonical order."""
+    banks: dict[str, list[str]] = {}
+    for name in router.canonical_order(experts):
+        bank = config_lib.PUBLIC if name == config_lib.PUBLIC else f"w{width(experts[name])}"
+        banks.setdefault(bank, []).append(name)
+    return {bank: tuple(names) for bank, names in banks.items()}
+
+
+def join(
+    shared: tree.Tree, experts: Experts, groups: Mapping[str, Sequence[str]] | None = None
+) -> tuple[tree.Tree, tuple[config_lib.Bank, ...]]:
+    """Puts experts beside a shared tree; returns the parameters and their banks.
+
+    Args:
+      shared: {embed, layers, head}.
+      experts: by name; `public` must be among them. With `public` alone the result is a dense model without a router.
+      groups: bank name to expert names; None: `group`.
+
+    Raises:
+      ConfigError: `public` is missing, or experts of one bank differ in width.
+    """
+    if config_lib.PUBLIC not in experts:
+        raise errors.ConfigError("a model needs the expert 'public'; it is the anchor's own and cannot be left out")
+    banks, trees = [], {}
+    for bank, names in (group(experts) if groups is None else groups).items():
+        widths = {width(experts[name]) for name in names}
+        if len(widths) > 1:
+            raise errors.ConfigError(f"bank '{bank}' mixes experts of widths {sorted(widths)}; give each width its own bank")
+        members = [tree.flatten(experts[name]) for name in names]
+        keep = [path for path in members[0] if path.startswith("ffn/") or len(experts) > 1]
+        trees[bank] = tree.unflatten({path: _stack([member[path] for member in members]) for path in keep})
+        banks.append(config_lib.Bank(bank, tuple(names), widths.pop(), biased=bank != config_lib.PUBLIC))
+    return {**shared, "experts": trees}, tuple(banks)
+
+
+def split(params: tree.Tree, banks: Sequence[config_lib.Bank]) -> tuple[tree.Tree, dict[str, tree.Tree]]:
+    """Inverse of `join`: returns (shared tree, experts by name)."""
+    experts = {}
+    for bank in banks:
+        for slot, name in enumerate(bank.experts):
+            experts[name] = tree.map_with_path(lambda _, leaf, slot=slot: leaf[:, slot], params["experts"][bank.name])
+    return {key: value for key, value in params.items() if key != "experts"}, experts
+
+
+def remove(params: tree.Tree, banks: Sequence[config_lib.Bank], name: str) -> tuple[tree.Tree, tuple[config_lib.Bank, ...]]:
+    """The model as if `name` had never been merged, bit for bit.
+
+    Raises:
+      PolicyError: there is no such expert. ConfigError: it is `public`.
+    """
+    shared, experts = split(params, banks)
+    if name not in experts:
+        raise errors.PolicyError(f"no expert '{name}' to remove; the model has {', '.join(router.canonical_order(experts))}")
+    if name == config_lib.PUBLIC:
+        raise errors.ConfigError("'public' is the anchor's own expert and cannot be removed")
+    return join(shared, {other: expert for other, expert in experts.items() if other != name})
+
+
+def architecture(config: config_lib.ModelConfig, banks: tuple[config_lib.Bank, ...], top_k: int) -> transformer.Architecture:
+    """The checked architecture of joined parameters."""
+    result = transformer.Architecture(config, banks, top_k)
+    transformer.check(result)
+    return result
+
+
+def narrow(expert: tree.Tree, d_ff: int) -> tree.Tree:
+    """Keeps the d_ff hidden units of largest |gate| |up| |down| in each layer.
+
+    Raises:
+      ConfigError: the expert has fewer units than asked for.
+    """
+    if not 0 < d_ff <= width(expert):
+        raise errors.ConfigError(f"expert.d_ff={d_ff} must lie between 1 and the public expert's {width(expert)}")
+    if d_ff == width(expert):
+        return expert
+    ffn = {name: np.asarray(leaf, np.float32) for name, leaf in expert["ffn"].items()}
+    strength = np.linalg.norm(ffn["gate"], axis=1) * np.linalg.norm(ffn["up"], axis=1) * np.linalg.norm(ffn["down"], axis=2)
+    kept = np.sort(np.argsort(-strength, axis=1, kind="stable")[:, :d_ff], axis=1)  # [L, d_ff]
+    columns = {name: np.take_along_axis(ffn[name], kept[:, None, :], axis=2) for name in ("gate", "up")}
+    return {**expert, "ffn": {**columns, "down": np.take_along_axis(ffn["down"], kept[:, :, None], axis=1)}}
+
+
+def _stack(leaves: Sequence[object]) -> object:
+    library = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
+    return library.stack(leaves, axis=1)

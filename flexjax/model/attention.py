@@ -1,0 +1,60 @@
+"""Causal self-attention of OLMo-2: full-width qk-norm, rotary positions, grouped keys and values."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+NEGATIVE = -1e30
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """Root-mean-square norm, computed and scaled in float32, then cast back to the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Returns cos and sin, each [B, T, head_dim] in float32, in the rotate-half convention."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "B T H"], sin: Float[Array, "B T H"]) -> Array:
+    """Applies rotary positions in float32."""
+    x32 = x.astype(jnp.float32)
+    left, right = jnp.split(x32, 2, axis=-1)
+    turned = jnp.concatenate([-right, left], axis=-1)
+    return (x32 * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
+
+
+def causal_mask(length: int, segments: Int[Array, "B T"] | None) -> Bool[Array, "#B 1 T T"]:
+    """True where a query may see a key: not later, and of the same segment if segments are given."""
+    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    return mask
+
+
+def _by_einsum(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)  # explicit head-major layout: fastest on CPU
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, NEGATIVE), axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _by_library(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B 1 T S"]
+) -> Float[Array, "B T N H"]:
+    """Softmax attention with scale 1/sqrt(H); the implementation follows the platform that is compiled for."""
+    return jax.lax.platform_dependent(q, k, v, mask, cpu=_by_einsum, default=_by_library)

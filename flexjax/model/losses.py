@@ -1,0 +1,101 @@
+"""Losses per token and per sequence; whoever trains takes the means."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flexjax.model import router
+
+CHUNK_LOGITS = 2**22  # logits alive at once, B * (T / chunks) * V
+
+
+def _token_losses(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[Array, tuple[Array, Array]]:
+    logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    cross_entropy = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    z = jnp.square(log_z)
+    return cross_entropy + z_weight * z, (cross_entropy, z)
+
+
+def _chunks(x: Array, count: int) -> Array:
+    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _chunk_count(hidden: Array, kernel: Array) -> int:
+    B, T, _ = hidden.shape
+    wanted = -(-B * T * kernel.shape[1] // CHUNK_LOGITS)
+    return next(count for count in range(1, T + 1) if T % count == 0 and count >= min(wanted, T))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _frozen_head(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[Array, Array, Array]:
+    def chunk(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        total, (cross_entropy, z) = _token_losses(args[0], kernel, args[1], z_weight)
+        return total, cross_entropy, z
+
+    count = _chunk_count(hidden, kernel)
+    return jax.tree.map(_join, jax.lax.map(chunk, (_chunks(hidden, count), _chunks(targets, count))))
+
+
+def _frozen_forward(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[tuple[Array, Array, Array], Array]:
+    def chunk(args: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
+        x, y = args
+        total, gradient, (cross_entropy, z) = jax.vjp(lambda x: _token_losses(x, kernel, y, z_weight), x, has_aux=True)
+        return (total, cross_entropy, z), gradient(jnp.ones_like(total))[0]
+
+    count = _chunk_count(hidden, kernel)
+    losses, dx = jax.lax.map(chunk, (_chunks(hidden, count), _chunks(targets, count)))
+    return jax.tree.map(_join, losses), _join(dx)
+
+
+def _frozen_backward(z_weight: float, dx: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, None, None]:
+    return (grads[0][..., None] * dx).astype(dx.dtype), None, None
+
+
+_frozen_head.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _trainable_head(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[Array, Array, Array]:
+    @jax.checkpoint
+    def chunk(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        total, (cross_entropy, z) = _token_losses(args[0], kernel, args[1], z_weight)
+        return total, cross_entropy, z
+
+    count = _chunk_count(hidden, kernel)
+    return jax.tree.map(_join, jax.lax.map(chunk, (_chunks(hidden, count), _chunks(targets, count))))
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    z_weight: float = 0.0,
+    head_trainable: bool = True,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """Returns (cross-entropy + z_weight * z, cross-entropy, z = squared log-normalizer) per token, in nats.
+
+    Only the first is meant to be differentiated. The logits are never all in memory. With a frozen head, the gradient by
+    `hidden` is computed together with the loss, so that no logits are kept or computed twice and the head gets none.
+    """
+    function = _trainable_head if head_trainable else _frozen_head
+    total, ce, z = function(hidden, kernel, targets, z_weight)
+    return total, jax.lax.stop_gradient(ce), jax.lax.stop_gradient(z)
+
+
+def sequence_mean(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Float[Array, " B"]:
+    """Mean over the tokens of each sequence that count; 0 where none does."""
+    return (values * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+
+
+def load_balance(stats: router.RoutingStats) -> Float[Array, ""]:
+    """E * sum_e load_e * probability_e, mean over layers; 1 when balanced (Switch Transformer, eq. 4; load is per choice)."""
+    load, probability = stats.load.mean(axis=1), stats.probability.mean(axis=1)  # [L, E]
+    return load.shape[-1] * (jax.lax.stop_gradient(load) * probability).sum(axis=-1).mean()
