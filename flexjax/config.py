@@ -11,7 +11,10 @@ is resumed from a checkpoint:
 """
 
 import dataclasses
+import difflib
 from typing import Any
+
+from flexjax import errors
 
 
 def _field(default: Any, resume: str) -> Any:
@@ -181,3 +184,53 @@ class Config:
     mixture: MixtureConfig = nested(MixtureConfig)
     train: TrainConfig = nested(TrainConfig)
     evaluation: EvaluationConfig = nested(EvaluationConfig)
+
+
+def check_field(path: str) -> None:
+    """Raises ConfigError, with the nearest existing name, if `path` ("train.steps") is no field of `Config`."""
+    kind: Any = Config
+    known = ""
+    for part in path.split("."):
+        names = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        if part not in names:
+            near = difflib.get_close_matches(part, names, n=1, cutoff=0)
+            hint = f"did you mean config.{known}{near[0]}?" if near else f"config.{known.rstrip('.')} is a value"
+            raise errors.ConfigError(f"config.{path} does not exist; {hint}")
+        kind, known = names[part].type, f"{known}{part}."
+
+
+def classes(kind: Any = Config, prefix: str = "") -> dict[str, str]:
+    """Every field's path with its class: identity, schedule or operations."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            found.update(classes(field.type, f"{prefix}{field.name}."))
+        else:
+            found[prefix + field.name] = field.metadata["resume"]
+    return found
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as a flat {path: value}; tuples become lists, as in JSON."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found.update({f"{field.name}.{path}": leaf for path, leaf in to_dict(value).items()})
+        else:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, list[str]]:
+    """Fields that differ between two `to_dict` results, by class; each as "path: saved -> current".
+
+    A field that only one side knows counts as identity: another version of the code wrote it.
+    """
+    kinds = classes()
+    found: dict[str, list[str]] = {"identity": [], "schedule": [], "operations": []}
+    for path in sorted(set(saved) | set(current)):
+        before, after = saved.get(path, "(absent)"), current.get(path, "(absent)")
+        if before != after:
+            found[kinds.get(path, "identity")].append(f"{path}: {before} -> {after}")
+    return found

@@ -1,6 +1,6 @@
 """Manifests: what an anchor, a bundle or a merged model says of itself, as canonical JSON that its digest covers.
 
-    anchor   kind, format, model (shapes), tokenizer {file, digest}, rows (method), tensors, training
+    anchor   kind, format, model (shapes), tokenizer {file, digest} or null, rows (method), tensors, training
     expert   kind, format, name, anchor (digest), d_ff, tensors, training
     model    kind, format, anchor (digest), experts {name: digest}, top_k
 

@@ -33,20 +33,24 @@ class Artefact:
     manifest: manifest_lib.Manifest
     label: str
 
-    def slices_of(self, path: str) -> Iterator[np.ndarray]:
-        """Reads one tensor slice by slice, verifying each against the manifest."""
+    def slice_at(self, path: str, index: int) -> np.ndarray:
+        """Reads one slice of a tensor (a layer, or a block of rows), verifying it against the manifest."""
         entry = self.manifest["tensors"][path]
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
         chunk = tree.chunk_shape(path, shape, dtype.itemsize)
         size = int(np.prod(chunk, dtype=np.int64)) * dtype.itemsize
-        for index, expected in enumerate(entry["slices"]):
-            file = self.directory / "tensors" / path / slices.slice_file(index, len(shape))
-            data = slices.read_file(file, size)
-            if tree.sha256(data) != expected:
-                raise errors.IntegrityError(
-                    f"{file}: bytes differ from the manifest of {self.label} (tensor {path}, slice {index}); restore the file"
-                )
-            yield np.frombuffer(data, dtype).reshape(chunk)[: shape[0] - index * chunk[0]]
+        file = self.directory / "tensors" / path / slices.slice_file(index, len(shape))
+        data = slices.read_file(file, size)
+        if tree.sha256(data) != entry["slices"][index]:
+            raise errors.IntegrityError(
+                f"{file}: bytes differ from the manifest of {self.label} (tensor {path}, slice {index}); restore the file"
+            )
+        return np.frombuffer(data, dtype).reshape(chunk)[: shape[0] - index * chunk[0]]
+
+    def slices_of(self, path: str) -> Iterator[np.ndarray]:
+        """Reads one tensor slice by slice, verifying each against the manifest."""
+        for index in range(len(self.manifest["tensors"][path]["slices"])):
+            yield self.slice_at(path, index)
 
     def tensor(self, path: str) -> np.ndarray:
         """Reads one tensor whole."""
@@ -73,7 +77,7 @@ class Artefact:
             metadata = slices.zarr_metadata(dtype, shape, tree.chunk_shape(path, shape, slices.ITEMSIZE[dtype]))
             if slices.read_file(self.directory / "tensors" / path / "zarr.json", len(metadata)) != metadata:
                 raise errors.IntegrityError(f"{self.directory}/tensors/{path}/zarr.json does not describe the tensor; refused")
-        if self.manifest["kind"] == "anchor":
+        if _extra_files(self.manifest):
             tokenizer_path(self)
         for file in sorted(_listing(self.directory) - expected):
             raise errors.IntegrityError(f"{self.directory / file} is not named by the manifest of {self.label}; remove it")
@@ -89,7 +93,7 @@ def check_content(path: str, rows: np.ndarray, label: str) -> None:
 
 
 def _extra_files(manifest: manifest_lib.Manifest) -> set[str]:
-    return {manifest["tokenizer"]["file"]} if manifest["kind"] == "anchor" else set()
+    return {manifest["tokenizer"]["file"]} if manifest.get("tokenizer") else set()
 
 
 def _listing(directory: epath.Path) -> set[str]:
@@ -143,23 +147,29 @@ def _check_schema(artefact: Artefact, expected: dict[str, tuple[int, ...]], opti
 def write_anchor(
     directory: epath.PathLike,
     config: config_lib.ModelConfig,
-    tokenizer_file: epath.PathLike,
+    tokenizer_file: epath.PathLike | None,
     tensors: Callable[[slices.TensorWriter], None],
     *,
     rows: str,
     training: dict[str, Any],
 ) -> Artefact:
-    """Writes an anchor: `tensors(writer)` puts embed/, layers/, head/, expert/ (the public one) and statistics/."""
+    """Writes an anchor: `tensors(writer)` puts embed/, layers/, head/, expert/ (the public one) and statistics/.
+
+    An anchor imported from a folder that has no tokenizer has none either (`tokenizer_file` None).
+    """
     home = _fresh(directory)
-    source = epath.Path(tokenizer_file)
-    data = source.read_bytes()
-    (home / source.name).write_bytes(data)
+    tokenizer = None
+    if tokenizer_file is not None:
+        source = epath.Path(tokenizer_file)
+        data = source.read_bytes()
+        (home / source.name).write_bytes(data)
+        tokenizer = {"file": source.name, "digest": tree.sha256(data)}
     writer = slices.TensorWriter(home)
     tensors(writer)
     manifest = {
         "kind": "anchor",
         "model": dataclasses.asdict(config),
-        "tokenizer": {"file": source.name, "digest": tree.sha256(data)},
+        "tokenizer": tokenizer,
         "rows": rows,
         "tensors": writer.entries,
         "training": training,
@@ -188,9 +198,15 @@ def tokenizer_path(anchor: Artefact) -> epath.Path:
     """The anchor's tokenizer file, after its digest was compared.
 
     Raises:
+      ConfigError: the anchor was imported without one.
       IntegrityError: the file is missing or not the one that the manifest names.
     """
     entry = anchor.manifest["tokenizer"]
+    if entry is None:
+        raise errors.ConfigError(
+            f"{anchor.label} has no tokenizer, since it was imported from a folder without one; "
+            "add tokenizer.json to that folder and import it again"
+        )
     if not isinstance(entry, dict) or entry.get("file") not in TOKENIZER_FILES:
         raise errors.IntegrityError(f"{anchor.label}: the tokenizer must be one of {', '.join(TOKENIZER_FILES)}")
     path = anchor.directory / entry["file"]
@@ -208,16 +224,31 @@ def write_bundle(
     directory: epath.PathLike, name: str, anchor_digest: str, expert: tree.Tree, training: dict[str, Any]
 ) -> Artefact:
     """Writes one expert: its FFN, router row and effective bias (never above 0)."""
-    home = _fresh(directory)
-    writer = slices.TensorWriter(home)
     for path, leaf in tree.flatten(expert).items():
         check_content(path, np.asarray(leaf), f"expert '{name}'")
-    writer.put_tree({"expert": expert})
+    return stream_bundle(
+        directory, name, anchor_digest, surgery.width(expert), lambda writer: writer.put_tree({"expert": expert}), training
+    )
+
+
+def stream_bundle(
+    directory: epath.PathLike,
+    name: str,
+    anchor_digest: str,
+    d_ff: int,
+    tensors: Callable[[slices.TensorWriter], None],
+    training: dict[str, Any],
+) -> Artefact:
+    """Writes one expert slice by slice: `tensors(writer)` puts expert/, whose content the caller has checked."""
+    manifest_lib.check_name(name)
+    home = _fresh(directory)
+    writer = slices.TensorWriter(home)
+    tensors(writer)
     manifest = {
         "kind": "expert",
-        "name": manifest_lib.check_name(name),
+        "name": name,
         "anchor": anchor_digest,
-        "d_ff": surgery.width(expert),
+        "d_ff": d_ff,
         "tensors": writer.entries,
         "training": training,
     }

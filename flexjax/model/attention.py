@@ -11,13 +11,13 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
     """Root-mean-square norm, computed and scaled in float32, then cast back to the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+    return (x32 * scale * jnp.broadcast_to(weight.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
 def rotary(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
     """Returns cos and sin, each [B, T, head_dim] in float32, in the rotate-half convention."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -50,7 +50,8 @@ def _by_einsum(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def _by_library(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    with jax.numpy_dtype_promotion("standard"):  # the library itself mixes float32 and bfloat16
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def attend(

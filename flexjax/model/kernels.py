@@ -60,6 +60,7 @@ def _weight_grad_by_blocks(x: Array, dy: Array, starts: Array, sizes: Array) -> 
 
 
 def _ragged(x: Array, w: Array, starts: Array, sizes: Array) -> Array:
+    w = jnp.where(sizes[:, None, None] > 0, w, 0)  # on GPU every group is computed: an unused one may hold NaN
     rolled = jax.lax.ragged_dot(jnp.roll(x, -starts[0], axis=0), w, sizes)
     return jnp.roll(rolled, starts[0], axis=0)
 

@@ -56,7 +56,7 @@ def _frozen_forward(hidden: Array, kernel: Array, targets: Array, z_weight: floa
 
 
 def _frozen_backward(z_weight: float, dx: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, None, None]:
-    return (grads[0][..., None] * dx).astype(dx.dtype), None, None
+    return (grads[0][..., None] * dx.astype(jnp.float32)).astype(dx.dtype), None, None
 
 
 _frozen_head.defvjp(_frozen_forward, _frozen_backward)

@@ -91,7 +91,7 @@ def dropless(
     key = place[routing.indices.reshape(-1)]
     order = jnp.argsort(key, stable=True)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0])).reshape(B * T, k)
-    sizes = (key[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
+    sizes = (key[:, None] == jnp.arange(num_experts)[None]).sum(axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(sizes) - sizes
     x = _dispatch(h.reshape(B * T, D), order, inverse)
     y = jnp.zeros_like(x)

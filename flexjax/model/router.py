@@ -9,7 +9,9 @@ Canonical order is `public` first, then the other names sorted: experts are know
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +76,7 @@ def _scores_backward(saved: tuple[Array, Array, Array], grad: Array) -> tuple[Ar
     h, rows, allowed = saved
     dh = jnp.zeros_like(h)
     for e in range(rows.shape[0]):
-        dh = dh + jnp.where(allowed[:, e, None, None], grad[..., e, None] * rows[e], 0)
+        dh = dh + jnp.where(allowed[:, e, None, None], grad[..., e, None] * rows[None, None, e], 0)
     return dh, jnp.einsum("BTE,BTD->ED", grad, h), None
 
 
@@ -97,15 +99,17 @@ def route(
       top_k: experts per token; may exceed the number that a row allows.
       allowed: experts that each row of the batch may use, at least one; None allows all.
     """
-    h, rows, bias = h.astype(jnp.float32), rows.astype(jnp.float32), bias.astype(jnp.float32)
+    h, rows, bias = h.astype(jnp.float32), rows.astype(jnp.float32), bias.astype(jnp.float32)[None, None]
     if allowed is None:
         logits = jnp.einsum("BTD,ED->BTE", h, rows) + bias
     else:
         logits = jnp.where(allowed[:, None], _scores(h, rows, allowed) + bias, -jnp.inf)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     probabilities = jax.nn.softmax(logits, axis=-1)
+    if allowed is not None:
+        probabilities = jnp.where(allowed[:, None], probabilities, 0)  # 0 already, unless an allowed logit is NaN
     gates, indices = jax.lax.top_k(probabilities, min(top_k, rows.shape[0]))
-    indices = jnp.where(gates > 0, indices, rows.shape[0])
+    indices = jnp.where(gates == 0, rows.shape[0], indices)  # a NaN keeps its index, and is seen
     return Routing(probabilities, indices, gates, log_normalizer)
 
 
@@ -155,3 +159,33 @@ def effective_bias(raw: Float[Array, "..."]) -> Float[Array, "..."]:
 def raw_bias(bias: Float[Array, "..."]) -> Float[Array, "..."]:
     """Inverse of `effective_bias` for bias < 0."""
     return jnp.log(jnp.expm1(-bias))
+
+
+def constrain(params: dict[str, Any]) -> dict[str, Any]:
+    """A training tree as the forward pass wants it: each `raw_bias` becomes the effective `bias`."""
+    if "experts" not in params:
+        return params
+    return {**params, "experts": {bank: _constrain_bank(experts) for bank, experts in params["experts"].items()}}
+
+
+def _constrain_bank(experts: dict[str, Any]) -> dict[str, Any]:
+    if "raw_bias" not in experts.get("router", {}):
+        return experts
+    router = dict(experts["router"])
+    router["bias"] = effective_bias(router.pop("raw_bias"))
+    return {**experts, "router": router}
+
+
+def free(params: dict[str, Any], pattern: str, floor: float = 1e-3) -> dict[str, Any]:
+    """Inverse of `constrain` for the biases to be trained: those for which `experts/<bank>/router/raw_bias` matches.
+
+    A bias above -floor is moved there, since the map has no gradient at 0.
+    """
+    banks = {}
+    for bank, experts in params["experts"].items():
+        router = dict(experts.get("router", {}))
+        if "bias" in router and re.fullmatch(pattern, f"experts/{bank}/router/raw_bias"):
+            router["raw_bias"] = raw_bias(jnp.minimum(router.pop("bias"), -floor))
+            experts = {**experts, "router": router}
+        banks[bank] = experts
+    return {**params, "experts": banks}

@@ -1,0 +1,17 @@
+"""The code expert, trained beside a frozen public anchor on code and public text; nobody else's text is read.
+
+python -m flexjax.main --config=configs/code_expert.py [--config.anchor.path=DIR]
+python -m flexjax.main --config=configs/code_expert.py:mini --config.data.root=DIR
+"""
+
+from flexjax import config as config_lib
+from flexjax import presets
+
+
+def get_config(variant: str = "quickstart") -> config_lib.Config:
+    config = presets.base(variant)
+    config.phase = "expert"
+    config.expert.name = "code"
+    config.train = presets.expert_training(variant, "code")
+    config.evaluation.domains = ("public", "code")
+    return config

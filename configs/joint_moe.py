@@ -1,0 +1,16 @@
+"""The jointly trained MoE that experts are compared with: upcycled from the anchor, trained on everybody's text at once.
+
+python -m flexjax.main --config=configs/joint_moe.py [--config.anchor.path=DIR]
+"""
+
+from flexjax import config as config_lib
+from flexjax import presets
+
+
+def get_config(variant: str = "quickstart") -> config_lib.Config:
+    config = presets.base(variant)
+    config.phase = "joint"
+    config.mixture.experts = ("code", "math")
+    config.train = presets.joint_training(variant)
+    config.evaluation.domains = ("public", "code", "math")
+    return config

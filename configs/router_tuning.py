@@ -1,0 +1,15 @@
+"""Tunes the router rows and biases of a merged model on public text and text like its experts'; experts stay as they are.
+
+python -m flexjax.main --config=configs/router_tuning.py --config.mixture.model_path=DIR
+"""
+
+from flexjax import config as config_lib
+from flexjax import presets
+
+
+def get_config(variant: str = "quickstart") -> config_lib.Config:
+    config = presets.base(variant)
+    config.phase = "router"
+    config.train = presets.router_training(variant)
+    config.evaluation.domains = ("public", "code", "math")
+    return config

@@ -1,0 +1,207 @@
+"""Training checkpoints: asynchronous, atomic, verified.
+
+    checkpoints/<step>/state/...      arrays, written by Orbax without packing or compression
+    checkpoints/<step>/commit.json    facts, shapes and dtypes, and the SHA-256 of every file
+
+A step is written under another name and renamed when `commit.json` is on disk: that rename is the commit. Whatever has no
+commit.json is never restored; what this module left half-done is swept at the start. The only room that imports Orbax.
+"""
+
+import os
+import shutil
+import sys
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from flexjax import errors, tree, workdir
+
+COMMIT = "commit.json"
+PENDING = "writing-"
+DISCARDED = "discarded-"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: created if absent; its owner must hold the run's lock.
+      keep: how many of the newest steps are kept.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int) -> None:
+        self.directory = epath.Path(directory)
+        self.keep = keep
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def steps(self) -> list[int]:
+        """Committed steps, ascending by number, never by time."""
+        found = [entry for entry in self.directory.iterdir() if entry.name.isdigit()]
+        return sorted(int(entry.name) for entry in found if (entry / COMMIT).exists())
+
+    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        """Starts to write a step and returns as soon as its arrays are copied; waits for the previous write first.
+
+        Raises:
+          StorageError: the previous write failed.
+        """
+        self.wait()
+        pending = self.directory / f"{PENDING}{step}"
+        if (self.directory / str(step) / COMMIT).exists():
+            return
+        snapshot = jax.tree.map(jnp.copy, state)  # the next step may reuse the buffers that it is given
+        try:
+            pending.mkdir()
+            with _plain_files():
+                response = ocp.save_async(pending / "state", snapshot)
+        except Exception as error:
+            raise self._storage_error(step, error) from None
+        self._writer = threading.Thread(target=self._finish, args=(step, pending, response, describe(state), facts))
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Returns when the last save is committed.
+
+        Raises:
+          StorageError: it could not be written; older steps are intact.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of a step."""
+        return self._commit(step)["facts"]
+
+    def restore(self, step: int, like: Any) -> Any:
+        """Reads a step into arrays of the structure, dtypes and shardings of `like`, after verifying every byte.
+
+        Raises:
+          IntegrityError: a file is missing, damaged or unknown, or the arrays are not those of `like`.
+        """
+        home = self.directory / str(step)
+        commit = self._commit(step)
+        expected, found = describe(like), commit["arrays"]
+        for path in sorted(set(expected) | set(found)):
+            if expected.get(path) != found.get(path):
+                raise errors.IntegrityError(
+                    f"{home}: array {path} is {found.get(path, 'absent')}, this run needs {expected.get(path, 'none')}; "
+                    "resume with the config that wrote it"
+                )
+        self._verify(home, commit["files"])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            return ocp.load(home / "state", shapes)
+        except Exception as error:
+            raise errors.IntegrityError(
+                f"{home} cannot be read: {_first_line(error)}; remove it to use an older step"
+            ) from None
+
+    def verify(self, step: int) -> None:
+        """Raises IntegrityError, naming the file, if a committed step is not as it was written."""
+        self._verify(self.directory / str(step), self._commit(step)["files"])
+
+    def _finish(self, step: int, pending: epath.Path, response: Any, arrays: Any, facts: dict[str, Any]) -> None:
+        try:
+            response.result()
+            files = {name: tree.sha256((pending / name).read_bytes()) for name in sorted(_files(pending))}
+            workdir.write_json(pending / COMMIT, {"step": step, "facts": facts, "arrays": arrays, "files": files})
+            for name in [*files, COMMIT]:
+                _sync(pending / name)
+            target = self.directory / str(step)
+            if target.exists():  # without a commit.json, as `save` saw: not ours to delete
+                target.rename(self.directory / f"uncommitted-{step}-{os.getpid()}")
+            pending.rename(target)
+            _sync(self.directory)
+            for old in self.steps()[: -self.keep]:
+                self._discard(old)
+        except Exception as error:
+            self._failure = self._storage_error(step, error)
+
+    def _discard(self, step: int) -> None:
+        gone = self.directory / f"{DISCARDED}{step}"
+        (self.directory / str(step)).rename(gone)  # first, so that a kill in between leaves no half a step
+        gone.rmtree()
+
+    def _commit(self, step: int) -> dict[str, Any]:
+        home = self.directory / str(step)
+        commit = workdir.read_json(home / COMMIT)
+        if not isinstance(commit, dict) or set(commit) != {"step", "facts", "arrays", "files"} or commit["step"] != step:
+            raise errors.IntegrityError(f"{home / COMMIT} is damaged; remove {home} to use an older step")
+        return commit
+
+    def _verify(self, home: epath.Path, files: dict[str, str]) -> None:
+        found = _files(home) - {COMMIT}
+        for name in sorted(found ^ set(files)):
+            state = "is missing" if name in files else "was not written by this run"
+            raise errors.IntegrityError(f"{home / name} {state}; pass --fall_back to use the next older step")
+        for name, digest in files.items():
+            if tree.sha256((home / name).read_bytes()) != digest:
+                raise errors.IntegrityError(f"{home / name} is damaged; pass --fall_back to use the next older step")
+
+    def _sweep(self) -> None:
+        for entry in self.directory.iterdir():
+            if entry.name.startswith((PENDING, DISCARDED)):
+                entry.rmtree()
+        committed = self.steps()
+        stray = [entry for entry in self.directory.iterdir() if entry.name.isdigit() and int(entry.name) not in committed]
+        for entry in stray:
+            print(f"warning: {entry} was never committed and is ignored", file=sys.stderr)
+        if not committed and any(any(entry.iterdir()) for entry in stray if entry.is_dir()):
+            raise errors.IntegrityError(
+                f"{self.directory} holds step directories but none that was committed; "
+                "restore one from a backup, or remove them to begin from scratch"
+            )
+
+    def _storage_error(self, step: int, error: BaseException) -> errors.StorageError:
+        kept = ", ".join(map(str, self.steps())) or "none"
+        shutil.rmtree(os.fspath(self.directory / f"{PENDING}{step}"), ignore_errors=True)
+        return errors.StorageError(
+            f"cannot write checkpoint {self.directory / str(step)}: {_first_line(error)}; committed steps are intact: {kept}"
+        )
+
+
+def describe(state: Any) -> dict[str, str]:
+    """{path: "dtype[shape]"} of every array of a state."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def size(state: Any) -> int:
+    """Bytes of all arrays of a state."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _plain_files() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_compression = False
+    return context
+
+
+def _files(directory: epath.Path) -> set[str]:
+    root = os.fspath(directory)
+    return {os.path.relpath(os.path.join(where, name), root) for where, _, names in os.walk(root) for name in names}
+
+
+def _sync(path: epath.Path) -> None:
+    descriptor = os.open(os.fspath(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"

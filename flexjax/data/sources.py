@@ -1,0 +1,88 @@
+"""The token sources of a job, from its config: what `stages` asks for by domain."""
+
+from collections.abc import Callable, Mapping
+
+from etils import epath
+
+from flexjax import config as config_lib
+from flexjax import errors
+from flexjax.data import builtin, corpus
+from flexjax.data import pipeline as pipeline_lib
+from flexjax.data import tokenizer as tokenizer_lib
+from flexjax.data import tokens as tokens_lib
+
+TEXT_SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+class Corpora:
+    """The token sources of a job: files found, tokenizer loaded or trained, text tokenised once.
+
+    Args:
+      config: the job.
+      directory: holds data/{corpus,tokenizer,tokens}/, unless `data.cache_dir` names another place.
+      tokenizer_file: the anchor's; None while there is no anchor yet.
+      say: tells whoever watches what is going on.
+    """
+
+    def __init__(
+        self,
+        config: config_lib.Config,
+        directory: epath.Path,
+        tokenizer_file: epath.Path | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.data = config, config.data
+        self.directory = epath.Path(config.data.cache_dir or directory / "data")
+        self.root = config.data.root
+        if not self.root and "{root}" in self.data.train_files + self.data.validation_files:
+            self.root = str(self.directory / "corpus")
+            say("corpus: built from the sources of installed packages")
+            builtin.build(self.root)
+        self.tokenizer_file = self._tokenizer_file(tokenizer_file, say)
+        self.tokenizer = tokenizer_lib.load(self.tokenizer_file)
+
+    def source(self, domain: str, split: str = "train") -> tokens_lib.TokenSource:
+        """The token source of a domain; `split` is "train" or "validation"."""
+        pattern = self.data.train_files if split == "train" else self.data.validation_files
+        paths = corpus.expand(pattern, self.root, domain)
+        return tokens_lib.tokenize(paths, self.tokenizer, self.data, self.config.model.vocab_size, self.directory / "tokens")
+
+    def pipeline(self, weights: Mapping[str, float], train: config_lib.TrainConfig) -> pipeline_lib.Pipeline:
+        """The shuffled mixture of the domains with a weight above 0."""
+        used = {domain: weight for domain, weight in weights.items() if weight > 0}
+        return pipeline_lib.Pipeline(
+            {domain: self.source(domain) for domain in used},
+            used,
+            self.data.seq_len,
+            train.batch_size,
+            self.config.seed,
+            self.data.attend_across_documents,
+            self.data.prefetch,
+        )
+
+    def _tokenizer_file(self, of_anchor: epath.Path | None, say: Callable[[str], None]) -> epath.Path:
+        given = self.data.tokenizer
+        if of_anchor is not None:
+            if given and tokenizer_lib.load(given).digest != tokenizer_lib.load(of_anchor).digest:
+                raise errors.ConfigError(
+                    f"data.tokenizer={given} is not the anchor's tokenizer {of_anchor}; leave it empty to use the anchor's own"
+                )
+            return of_anchor
+        if given:
+            return epath.Path(given)
+        file = self.directory / "tokenizer" / "tokenizer.model"
+        if file.exists():
+            return file
+        paths = corpus.expand(self.data.train_files, self.root, config_lib.PUBLIC)
+        if not all(path.name.endswith(TEXT_SUFFIXES) for path in paths):
+            raise errors.ConfigError("data.train_files are token files; name their tokenizer in data.tokenizer")
+        say(f"tokenizer: training {self.config.model.vocab_size} pieces on public text")
+        documents = corpus.documents(
+            paths,
+            text_field=self.data.text_field,
+            max_document_mb=self.data.max_document_mb,
+            bad_documents=self.data.bad_documents,
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer_lib.train((document.text for document in documents), self.config.model.vocab_size, file)
+        return file

@@ -1,0 +1,188 @@
+"""Anchors and merged models to Hugging Face folders, OLMo-2 (dense) and FlexOlmo, tensor by tensor.
+
+The table of `huggingface_links` is walked, so every tensor of both sides is accounted for once, or the export stops and
+names it. Bytes are copied or transposed, never cast, except for router rows into which biases are folded.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from flexjax import config as config_lib
+from flexjax import errors
+from flexjax.data import tokenizer as tokenizer_lib
+from flexjax.experts import biasless, huggingface_config, store
+from flexjax.experts import huggingface_links as links
+from flexjax.experts import safetensors_io as io
+from flexjax.model import router
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclasses.dataclass
+class _Source:
+    """What is exported: an anchor and, in a mixture, the other experts."""
+
+    anchor: store.Artefact
+    bundles: dict[str, store.Artefact]
+    top_k: int
+    mixture: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return router.canonical_order([config_lib.PUBLIC, *self.bundles])
+
+
+def _open(directory: epath.PathLike) -> _Source:
+    home = epath.Path(directory)
+    if not (home / "anchor").exists():
+        return _Source(store.open_anchor(home), {}, 1, mixture=False)
+    model = store.open_model(home)
+    width = store.config_of(model.anchor).d_ff
+    other = [f"{name} ({b.manifest['d_ff']})" for name, b in model.bundles.items() if b.manifest["d_ff"] != width]
+    if other:
+        raise errors.ConfigError(
+            f"{home}: Hugging Face has one width for all experts, the public one is {width} wide; remove {', '.join(other)}"
+        )
+    return _Source(model.anchor, model.bundles, model.manifest["top_k"], mixture=True)
+
+
+def export_folder(
+    source: epath.PathLike, target: epath.PathLike, bias: str | None = None, sample_file: epath.PathLike | None = None
+) -> dict[str, Any]:
+    """Converts an anchor (to OLMo-2) or a merged model (to FlexOlmo) to a Hugging Face folder; returns a report.
+
+    Args:
+      source: directory of an anchor or a model.
+      target: new or empty directory; `config.json` is written last of all files.
+      bias: what becomes of router biases, which Hugging Face cannot hold: "fold" or "drop"; None refuses them.
+      sample_file: text on which the report says what that changes; None: a built-in paragraph.
+
+    Raises:
+      ConfigError: biases without `bias`, or experts of other widths. IntegrityError: bytes are not those of a manifest.
+      StorageError: a file cannot be read or written.
+    """
+    if bias not in (None, "fold", "drop"):
+        raise errors.ConfigError(f"--bias={bias} must be fold or drop")
+    if sample_file is not None and bias is None:
+        raise errors.ConfigError("--sample is the text on which --bias=fold or --bias=drop is compared; give that flag too")
+    opened = _open(source)
+    anchor, config = opened.anchor, store.config_of(opened.anchor)
+    routers, report = _routers(opened, bias, sample_file) if opened.mixture else (None, {})
+    planned, left_out = _plan(opened, routers)
+    with io.fresh_folder(target) as home:
+        files = io.write_folder(home, planned)
+        record = {**_token_ids(anchor), **anchor.manifest["training"].get("huggingface", {})}
+        described = huggingface_config.Description(config, len(opened.names) if opened.mixture else 0, opened.top_k, record)
+        contents = huggingface_config.contents(described, anchor.manifest["tensors"]["embed/embedding"]["dtype"])
+        if anchor.manifest["tokenizer"]:
+            contents = {**_copy_tokenizer(anchor, home, record), **contents}
+        for name, content in contents.items():  # config.json is the last
+            (home / name).write_text(huggingface_config.encode(content))
+    return {
+        "kind": "model" if opened.mixture else "anchor",
+        "experts": list(opened.names),
+        "top_k": opened.top_k,
+        "tensors": len(planned),
+        "bytes": sum(tensor.nbytes for tensor in planned),
+        "files": files,
+        "left_out": left_out,
+        **report,
+    }
+
+
+def _routers(opened: _Source, bias: str | None, sample_file: epath.PathLike | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """The router matrices [L, E, D] in the dtype they are written in, and what taking the biases out changes."""
+    anchor, bundles = opened.anchor, opened.bundles
+    before = biasless.routers_of(anchor, bundles)
+    dtypes = {source.manifest["tensors"][links.ROW]["dtype"] for source in (anchor, *bundles.values())}
+    dtype = np.dtype(dtypes.pop() if len(dtypes) == 1 else "float32")
+    if not before.biases.any():
+        return before.rows.astype(dtype), {}
+    if bias is None:
+        biased = [name for name, values in zip(opened.names, before.biases.T, strict=True) if values.any()]
+        raise errors.ConfigError(
+            f"{anchor.directory.parent}: experts {', '.join(biased)} have a router bias, for which Hugging Face has no place; "
+            "give --bias=fold (into the rows) or --bias=drop"
+        )
+    config = store.config_of(anchor)
+    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor)) if anchor.manifest["tokenizer"] else None
+    sample = biasless.sample_tokens(sample_file, tokenizer, config.vocab_size)
+    after, fitted = biasless.fold(anchor, before, sample) if bias == "fold" else (before.dropped(), {})
+    stored = after.rows.astype(dtype)
+    after = dataclasses.replace(after, rows=stored.astype(np.float32))
+    return stored, {
+        "bias": {"method": bias, **fitted, **biasless.compare(anchor, bundles, before, after, opened.top_k, sample)}
+    }
+
+
+def _plan(opened: _Source, routers: np.ndarray | None) -> tuple[list[io.Planned], list[str]]:
+    """What is to be written, and which of our tensors have no counterpart and are meant to have none.
+
+    Raises:
+      IntegrityError: a tensor of ours would be lost.
+    """
+    anchor, planned = opened.anchor, []
+    sources = [opened.bundles.get(name, anchor) for name in opened.names]
+    used = {(source.label, links.ROW) for source in sources if routers is not None}
+    for link in links.table(store.config_of(anchor), len(sources) if opened.mixture else 0):
+        source = sources[link.expert or 0]
+        dtype = source.manifest["tensors"][link.path]["dtype"]
+        pieces: Callable[[], Iterable[np.ndarray]] = functools.partial(_read, source, link)
+        used.add((source.label, link.path))
+        if routers is not None and link.layer is not None and link.path == links.ROW:
+            dtype, pieces = routers.dtype.name, functools.partial(iter, [routers[link.layer]])
+        planned.append(io.Planned(link.name, dtype, link.shape, pieces))
+    left_out = []
+    for source in sources:
+        for path in source.manifest["tensors"]:
+            if (source.label, path) in used:
+                continue
+            if path not in (links.ROW, links.BIAS) and not path.startswith("statistics/"):
+                raise errors.IntegrityError(
+                    f"{source.label}: tensor {path} has no place in Hugging Face's format; not exported"
+                )
+            left_out.append(path if source is anchor else f"{source.manifest['name']}/{path}")
+    return planned, left_out
+
+
+def _read(source: store.Artefact, link: links.Link) -> Iterator[np.ndarray]:
+    """The elements of a Hugging Face tensor, from our slices."""
+    if link.layer is not None:
+        ours = source.slice_at(link.path, link.layer)[0]
+        yield next(io.transposed(lambda: [ours], link.shape[0], link.shape[1], link.shape[0])) if link.transposed else ours
+    elif link.transposed:
+        row_bytes = link.shape[1] * np.dtype(source.manifest["tensors"][link.path]["dtype"]).itemsize
+        at_once = max(1, io.BLOCK_BYTES // row_bytes)
+        yield from io.transposed(lambda: source.slices_of(link.path), link.shape[0], link.shape[1], at_once)
+    else:
+        yield from source.slices_of(link.path)
+
+
+def _token_ids(anchor: store.Artefact) -> dict[str, Any]:
+    """Special ids for a model that was not imported: its tokenizer's EOS."""
+    if "huggingface" in anchor.manifest["training"] or not anchor.manifest["tokenizer"]:
+        return {}
+    return {"eos_token_id": tokenizer_lib.load(store.tokenizer_path(anchor)).eos_id}
+
+
+def _copy_tokenizer(anchor: store.Artefact, home: epath.Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Copies the tokenizer; for a `tokenizer.json`, returns the config by which transformers loads it."""
+    path = store.tokenizer_path(anchor)
+    data = path.read_bytes()
+    (home / path.name).write_bytes(data)
+    if path.suffix != ".json":
+        return {}
+    names = {entry["id"]: entry["content"] for entry in io.parse_json(data, path).get("added_tokens", [])}
+    special = {name: record.get(f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
+    return {
+        TOKENIZER_CONFIG: {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **{name: names[i] for name, i in special.items() if isinstance(i, int) and i in names},
+        }
+    }

@@ -1,0 +1,126 @@
+"""Runs the job that a config describes: train the public model, an expert, a joint model, or tune routers.
+
+python -m flexjax.main --config=configs/math_expert.py[:variant] [--workdir=DIR] [--config.x.y=v ...]
+"""
+
+import json
+import os
+import pathlib
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from flexjax import command, errors, report, stages, workdir
+from flexjax import config as config_lib
+from flexjax.data import sources
+from flexjax.experts import store
+from flexjax.train import loop
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The job: configs/NAME.py[:variant].")
+WORKDIR = flags.DEFINE_string("workdir", "", "Where everything is written; default runs/<config>-<variant>.")
+FALL_BACK = flags.DEFINE_bool("fall_back", False, "Pass over damaged checkpoints to the next older one.")
+ALLOW_SCHEDULE_CHANGE = flags.DEFINE_bool("allow_schedule_change", False, "Continue a run with another schedule.")
+JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, last on stdout.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs all stages of the job in its directory."""
+    if argv:
+        raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --config=configs/math_expert.py")
+    config = CONFIG.value
+    if config is None:
+        raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
+    if not isinstance(config, config_lib.Config):
+        raise errors.ConfigError(f"get_config() must return a flexjax.config.Config, got {type(config).__name__}")
+    directory = workdir.create(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
+    options = loop.Options(FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
+    with workdir.lock(directory):
+        run(config, directory, options)
+
+
+def default_workdir(config_file: str) -> str:
+    """`runs/<config>-<variant>` for `configs/<config>.py[:variant]`."""
+    path, _, variant = config_file.partition(":")
+    return os.path.join("runs", f"{pathlib.Path(path).stem}-{variant or 'quickstart'}")
+
+
+def run(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
+    """Runs a job in a directory that this process holds, and reports."""
+    phases = {"public": _public, "expert": _expert, "joint": _joint, "router": _router}
+    if config.phase not in phases:
+        raise errors.ConfigError(f"phase is '{config.phase}', expected one of {', '.join(phases)}")
+    anchor, model, corpora, runs = phases[config.phase](config, directory, options)
+    result = stages.evaluation_stage(config, anchor, model, corpora, directory)
+    report.picture(directory / "report.png", runs, result.before, result.after)
+    print(report.table(result.before, result.after))
+    print(f"\n{directory / 'report.png'}: loss curves and bars\n\nNext:")
+    for line in _next_commands(config, directory):
+        print(f"  {line}")
+    if JSON.value:
+        print(json.dumps({"workdir": str(directory), "evaluation": workdir.read_json(directory / "evaluation.json")}))
+
+
+Outcome = tuple[store.Artefact, store.Model | None, sources.Corpora, dict[str, epath.Path]]
+
+
+def _public(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
+    stages.claim(config, directory, options)
+    corpora = sources.Corpora(config, directory, None, stages.say)
+    anchor = stages.public_stage(config, corpora, directory, options)
+    return anchor, None, corpora, {"anchor": directory}
+
+
+def _expert(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
+    anchor, corpora, runs = _beside_anchor(config, directory, options)
+    bundle = stages.expert_stage(config, anchor, corpora, directory, options)
+    return anchor, stages.model_stage(anchor, bundle, directory), corpora, runs | {f"expert {config.expert.name}": directory}
+
+
+def _joint(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
+    anchor, corpora, runs = _beside_anchor(config, directory, options)
+    return anchor, stages.joint_stage(config, anchor, corpora, directory, options), corpora, runs | {"joint": directory}
+
+
+def _router(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
+    if not config.mixture.model_path:
+        raise errors.ConfigError("router tuning starts from a merged model; pass --config.mixture.model_path=DIR")
+    start = store.open_model(config.mixture.model_path)
+    config.model = store.config_of(start.anchor)
+    config.mixture.experts = tuple(start.bundles)
+    stages.claim(config, directory, options)
+    corpora = sources.Corpora(config, directory, store.tokenizer_path(start.anchor), stages.say)
+    model = stages.router_stage(config, start, corpora, directory, options)
+    return start.anchor, model, corpora, {"router tuning": directory}
+
+
+def _beside_anchor(
+    config: config_lib.Config, directory: epath.Path, options: loop.Options
+) -> tuple[store.Artefact, sources.Corpora, dict[str, epath.Path]]:
+    """Opens or trains the anchor, and lets it decide the model's shapes and the tokenizer."""
+    if not config.anchor.path:
+        stages.claim(config, directory, options)
+    anchor = stages.anchor(config, directory, options)
+    config.model = store.config_of(anchor)
+    stages.claim(config, directory, options)
+    runs = {} if config.anchor.path else {"anchor": directory / "public"}
+    return anchor, sources.Corpora(config, directory, store.tokenizer_path(anchor), stages.say), runs
+
+
+def _next_commands(config: config_lib.Config, directory: epath.Path) -> list[str]:
+    if config.phase == "public":
+        return [f"python -m flexjax.main --config=configs/math_expert.py --config.anchor.path={directory / 'anchor'}"]
+    model = directory / "model"
+    commands = [
+        f"python -m flexjax.generate --model={model} --prompt='The eigenvalues of' --max_new_tokens=40",
+        f"python -m flexjax.evaluate --model={model} --data=NAME=FILE.jsonl --experts=public",
+        f"python -m flexjax.merge show --model={model}",
+    ]
+    if config.phase == "expert" and not config.anchor.path:
+        path = directory / "public" / "anchor"
+        commands.insert(0, f"python -m flexjax.main --config=configs/code_expert.py --config.anchor.path={path}")
+    return commands
+
+
+if __name__ == "__main__":
+    command.run(main)

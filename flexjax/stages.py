@@ -1,0 +1,338 @@
+"""The stages of a job, each done once: corpus, tokenizer, anchor, expert (or joint, or router tuning), model, evaluation.
+
+A stage is finished when its artefact has a manifest; starting again skips it and says so. Training stages resume from their
+last committed checkpoint.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from flexjax import config as config_lib
+from flexjax import errors, tree, workdir
+from flexjax.data import sources, tokens
+from flexjax.eval import bits_per_byte
+from flexjax.experts import domains, manifest, slices, store, surgery
+from flexjax.model import transformer
+from flexjax.train import loop
+
+INITIAL_BIAS = -0.1
+
+
+def say(text: str) -> None:
+    """Tells whoever watches what is going on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def public_config(config: config_lib.Config) -> config_lib.Config:
+    """The job that trains the anchor of another job; what concerns experts only is at its default."""
+    return config_lib.Config(
+        phase="public",
+        seed=config.seed,
+        model=config.model,
+        data=config.data,
+        anchor=config_lib.AnchorConfig(rows=config.anchor.rows, statistics_tokens=config.anchor.statistics_tokens),
+        train=config.anchor.train,
+    )
+
+
+def claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
+    """Saves the resolved config, or refuses if the directory belongs to another job."""
+    saved = workdir.read_json(directory / "config.json")
+    current = config_lib.to_dict(config)
+    if saved is not None:
+        loop.check_config(saved, current, options)
+    workdir.write_json(directory / "config.json", current)
+
+
+def anchor(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> store.Artefact:
+    """Opens the anchor that the config names, or trains one in `directory/public`."""
+    if config.anchor.path:
+        found = store.open_anchor(config.anchor.path)
+        say(f"anchor: {config.anchor.path}, digest {found.manifest['digest'][:12]}")
+        return found
+    home = workdir.create(directory / "public")
+    public = public_config(config)
+    claim(public, home, options)
+    return public_stage(public, sources.Corpora(config, directory, None, say), home, options)
+
+
+def public_stage(
+    config: config_lib.Config, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
+) -> store.Artefact:
+    """Trains the public model and freezes it as `directory/anchor`, with the public row and statistics owners need."""
+    domains.check_method(config.anchor.rows)
+    home = directory / "anchor"
+    if _finished(home):
+        found = store.open_anchor(home)
+        _check_steps(found, config.train, "anchor")
+        say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
+        return found
+    architecture = transformer.Architecture(config.model, transformer.dense_banks(config.model))
+    transformer.check(architecture)
+    stream = corpora.pipeline({config_lib.PUBLIC: 1.0}, config.train)
+    params = transformer.init(architecture, config.seed)
+    trained, facts = loop.train(params, architecture, stream, config, directory, "anchor", options, origin="")
+    source = corpora.source(config_lib.PUBLIC)
+    statistics, row = public_rows(config, architecture, trained, source)
+    shared, experts = surgery.split(trained, architecture.banks)
+    public = {**experts[config_lib.PUBLIC], "router": {"row": row}}
+
+    def put(writer: slices.TensorWriter) -> None:
+        writer.put_tree({**shared, "expert": public, "statistics": statistics})
+
+    facts |= {"data": stream.identity()[f"source/{config_lib.PUBLIC}"], "seed": config.seed}
+    found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
+    say(f"anchor: written to {home}, digest {found.manifest['digest'][:12]}")
+    return found
+
+
+def public_rows(
+    config: config_lib.Config, architecture: transformer.Architecture, params: tree.Tree, source: tokens.TokenSource
+) -> tuple[tree.Tree, np.ndarray]:
+    """The statistics that owners need for their rows, and the public row [L, D], by the anchor's method."""
+    count, seed, method = config.anchor.statistics_tokens, config.seed, config.anchor.rows
+    documents = domains.choose(source, max(domains.LEAST_DOCUMENTS, count // config.data.seq_len), seed)
+    states = domains.states(architecture, params, source, documents, config.data.seq_len, count, seed)
+    statistics = {"states": states}
+    if method == "logistic":
+        return statistics, np.zeros((states.shape[0], states.shape[2]), np.float32)
+    if method == "mean":
+        return statistics, domains.scaled(states.mean(axis=1), states)
+    if method == "random":
+        return statistics, domains.scaled(domains.random_vector(states.shape[2], seed), states)
+    projection = domains.text_projection(source, documents, config.model.vocab_size, config.model.d_model)
+    statistics["projection"] = projection
+    return statistics, domains.scaled(domains.text_vector(source, documents, projection), states)
+
+
+def domain_row(
+    config: config_lib.Config,
+    anchor: store.Artefact,
+    architecture: transformer.Architecture,
+    params: tree.Tree,
+    source: tokens.TokenSource,
+) -> np.ndarray:
+    """The owner's row [L, D], by the method of the anchor."""
+    name, method = config.expert.name, anchor.manifest["rows"]
+    seed = config.seed + int(tree.sha256(name.encode())[:6], 16)  # owners of one seed draw different random rows
+    documents = domains.choose_owner(source, config.expert.row_documents, name, seed)
+    if "statistics/states" not in anchor.manifest["tensors"]:
+        raise errors.ConfigError(
+            f"{anchor.label} carries no public statistics, so no domain row can be made; train or re-import it"
+        )
+    public = anchor.tensor("statistics/states").astype(np.float32)
+    if method == "random":
+        return domains.scaled(domains.random_vector(public.shape[2], seed), public)
+    if method == "text":
+        return domains.scaled(domains.text_vector(source, documents, anchor.tensor("statistics/projection")), public)
+    mine = domains.states(architecture, params, source, documents, config.data.seq_len, public.shape[1], seed)
+    if method == "logistic":
+        return domains.logistic_rows(mine, public)
+    return domains.scaled(mine.mean(axis=1), public)
+
+
+def expert_stage(
+    config: config_lib.Config, anchor: store.Artefact, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
+) -> store.Artefact:
+    """Trains the owner's expert beside the frozen anchor and writes the bundle `directory/expert`."""
+    name = manifest.check_name(config.expert.name)
+    home = directory / "expert"
+    if _finished(home):
+        found = store.open_bundle(home, store.config_of(anchor))
+        _check_steps(found, config.train, f"expert '{name}'")
+        say(f"expert '{name}': finished, skipped; digest {found.manifest['digest'][:12]}")
+        return found
+    fraction = config.expert.public_fraction
+    if not 0 <= fraction < 1:
+        raise errors.ConfigError(f"expert.public_fraction={fraction} must lie in [0, 1)")
+    dense, params = store.load_anchor(anchor)
+    public = store.public_expert(anchor)
+    source = corpora.source(name)
+    say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
+    row = domain_row(config, anchor, dense, params, source)
+    bias = np.full(config.model.num_layers, INITIAL_BIAS, np.float32)
+    mine = surgery.narrow(public, config.expert.d_ff or config.model.d_ff)
+    mine = {**mine, "router": {"row": row, "bias": bias}}
+    pair, banks = surgery.join(
+        anchor.shared(), {config_lib.PUBLIC: public, name: mine}, {config_lib.PUBLIC: (config_lib.PUBLIC,), name: (name,)}
+    )
+    architecture = surgery.architecture(config.model, banks, top_k=2)
+    stream = corpora.pipeline({name: 1 - fraction, config_lib.PUBLIC: fraction}, config.train)
+    trained, facts = loop.train(
+        pair, architecture, stream, config, directory, f"expert {name}", options, origin=anchor.manifest["digest"]
+    )
+    expert = surgery.split(tree.combine(trained, _untrained(pair, trained, name)), banks[1:])[1][name]
+    facts |= {
+        "data": source.digest,
+        "documents": source.num_documents,
+        "row_documents": config.expert.row_documents,
+        "public_fraction": fraction,
+        "seed": config.seed,
+    }
+    found = store.write_bundle(home, name, anchor.manifest["digest"], expert, facts)
+    say(f"expert '{name}': written to {home}, digest {found.manifest['digest'][:12]}")
+    return found
+
+
+def _untrained(params: tree.Tree, trained: tree.Tree, bank: str) -> tree.Tree:
+    """The leaves of a bank that the run left frozen (a frozen router row, for instance)."""
+    done = tree.flatten(trained)
+    prefix = f"experts/{bank}/"
+    for path in done:
+        if not path.startswith(prefix):
+            raise errors.ConfigError(f"train.trainable selects {path}, which no bundle carries; use '{prefix}.*'")
+    flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.startswith(prefix) and path not in done}
+    return tree.unflatten(flat)
+
+
+def mixture_weights(mixture: config_lib.MixtureConfig) -> dict[str, float]:
+    """Public text at its fraction, the experts' domains sharing the rest."""
+    rest = (1 - mixture.public_fraction) / len(mixture.experts)
+    return {config_lib.PUBLIC: mixture.public_fraction, **{name: rest for name in mixture.experts}}
+
+
+def joint_stage(
+    config: config_lib.Config, anchor: store.Artefact, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
+) -> store.Model:
+    """Upcycles the anchor to one expert per domain and trains everything together; writes `directory/model`."""
+    home = directory / "model"
+    if _finished(home):
+        say(f"joint model: finished, skipped; {home}")
+        return store.open_model(home)
+    names = tuple(manifest.check_name(name) for name in config.mixture.experts)
+    public = store.public_expert(anchor)
+    rng = np.random.default_rng(config.seed)
+
+    def start() -> tree.Tree:
+        row = config.model.init_std * rng.standard_normal(public["router"]["row"].shape)
+        return {**public, "router": {"row": row.astype(np.float32), "bias": np.zeros(config.model.num_layers, np.float32)}}
+
+    experts = {config_lib.PUBLIC: public, **{name: start() for name in names}}
+    params, banks = surgery.join(anchor.shared(), experts, {config_lib.PUBLIC: (config_lib.PUBLIC,), "joint": names})
+    architecture = surgery.architecture(config.model, banks, config.mixture.top_k)
+    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
+    trained, facts = loop.train(
+        params, architecture, stream, config, directory, "joint", options, origin=anchor.manifest["digest"]
+    )
+    shared, experts = surgery.split(_replace(params, trained), banks)
+    statistics = anchor.tensors("statistics")
+
+    def put(writer: slices.TensorWriter) -> None:
+        writer.put_tree({**shared, "expert": experts[config_lib.PUBLIC], "statistics": statistics})
+
+    parts = directory / "parts"
+    _discard(parts)
+    tokenizer_file = store.tokenizer_path(anchor)
+    rows, facts = anchor.manifest["rows"], facts | {"seed": config.seed, "parent": anchor.manifest["digest"]}
+    new = store.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=rows, training=facts)
+    bundles = {name: store.write_bundle(parts / name, name, new.manifest["digest"], experts[name], facts) for name in names}
+    model = store.write_model(home, new, bundles, config.mixture.top_k)
+    _discard(parts)
+    return model
+
+
+def router_stage(
+    config: config_lib.Config, start: store.Model, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
+) -> store.Model:
+    """Trains rows and biases of a merged model, all experts active; writes `directory/model` with new bundles."""
+    home = directory / "model"
+    if _finished(home):
+        say(f"router-tuned model: finished, skipped; {home}")
+        return store.open_model(home)
+    architecture, params = store.load(start, top_k=len(start.bundles) + 1)
+    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
+    trained, facts = loop.train(
+        params, architecture, stream, config, directory, "router tuning", options, origin=start.tree_digest
+    )
+    experts = surgery.split(_replace(params, trained), architecture.banks)[1]
+    parts = directory / "parts"
+    _discard(parts)
+    digest = start.anchor.manifest["digest"]
+    bundles = {}
+    for name, bundle in start.bundles.items():
+        provenance = facts | {"router_tuned_with": sorted(start.bundles), "parent": bundle.manifest["digest"]}
+        bundles[name] = store.write_bundle(parts / name, name, digest, experts[name], provenance)
+    model = store.write_model(home, start.anchor, bundles, start.manifest["top_k"])
+    _discard(parts)
+    return model
+
+
+def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath.Path) -> store.Model:
+    """Merges the new bundle with its anchor as `directory/model`."""
+    home = directory / "model"
+    if _finished(home):
+        found = store.open_model(home)
+        say(f"model: finished, skipped; tree digest {found.tree_digest[:12]}")
+        return found
+    found = store.write_model(home, anchor, {bundle.manifest["name"]: bundle}, top_k=2)
+    say(f"model: written to {home}, tree digest {found.tree_digest[:12]}")
+    return found
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Scores of the anchor and of a model made from it, by domain."""
+
+    before: dict[str, bits_per_byte.Score]
+    after: dict[str, bits_per_byte.Score]
+
+
+def evaluation_stage(
+    config: config_lib.Config,
+    anchor: store.Artefact,
+    model: store.Model | None,
+    corpora: sources.Corpora,
+    directory: epath.Path,
+) -> Comparison:
+    """Scores anchor and model on the validation text of each domain; kept in `directory/evaluation.json`."""
+    settings = config.evaluation
+    texts = {domain: corpora.source(domain, "validation") for domain in settings.domains}
+    key = {
+        "anchor": anchor.manifest["digest"],
+        "model": model.tree_digest if model else None,
+        "data": {domain: source.digest for domain, source in texts.items()},
+        "max_kilobytes": settings.max_kilobytes,
+        "seq_len": config.data.seq_len,
+    }
+    saved = workdir.read_json(directory / "evaluation.json")
+    if saved is not None and saved["key"] == key:
+        say("evaluation: finished, skipped")
+        return Comparison(*[{d: bits_per_byte.Score(**s) for d, s in saved[side].items()} for side in ("before", "after")])
+
+    def score(architecture: transformer.Architecture, params: tree.Tree) -> dict[str, bits_per_byte.Score]:
+        scorer = bits_per_byte.Scorer(
+            architecture, params, config.data.seq_len, settings.batch_size, config.train.compute_dtype
+        )
+        return {domain: scorer.score(source, settings.max_kilobytes * 1000) for domain, source in texts.items()}
+
+    say(f"evaluation: scoring {', '.join(settings.domains)}")
+    result = Comparison(score(*store.load_anchor(anchor)), score(*store.load(model)) if model else {})
+    workdir.write_json(directory / "evaluation.json", {"key": key, **dataclasses.asdict(result)})
+    return result
+
+
+def _replace(params: tree.Tree, trained: tree.Tree) -> tree.Tree:
+    flat = tree.flatten(params) | tree.flatten(trained)
+    return tree.unflatten({path: np.asarray(leaf) for path, leaf in flat.items()})
+
+
+def _finished(home: epath.Path) -> bool:
+    return (home / manifest.FILE).exists()
+
+
+def _check_steps(artefact: store.Artefact, train: config_lib.TrainConfig, label: str) -> None:
+    steps: Any = artefact.manifest["training"].get("steps")
+    if steps != train.steps:
+        raise errors.ConfigError(
+            f"{label} in {artefact.directory} was finished with {steps} steps, the config asks for {train.steps}; "
+            f"restore the value, or remove {artefact.directory} to train on"
+        )
+
+
+def _discard(directory: epath.Path) -> None:
+    if directory.exists():
+        directory.rmtree()

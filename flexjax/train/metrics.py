@@ -1,0 +1,138 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard, and one moving line for whoever watches."""
+
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+import tqdm
+from etils import epath
+
+from flexjax import errors
+
+PEAK_FLOPS = {  # dense bf16 FLOP/s of one device, from the makers' data sheets
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops() -> float:
+    """FLOP/s that all devices of this run could do: from a table, or measured on CPU by one float32 matrix product."""
+    device = jax.devices()[0]
+    for kind, peak in PEAK_FLOPS.items():
+        if device.device_kind.startswith(kind):
+            return peak * jax.device_count()
+    x = jnp.ones((1024, 1024), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
+
+
+class Log:
+    """Writes one row per logged step.
+
+    Args:
+      directory: holds metrics.jsonl and tensorboard/. Rows after `start` are of a run that was cut off, and dropped.
+      title: shown before the progress.
+      start: steps already done.
+      steps: steps in all.
+      tokens_per_step: target tokens of a full batch.
+      flops_per_token: analytic, see `flops`.
+    """
+
+    def __init__(
+        self, directory: epath.Path, title: str, start: int, steps: int, tokens_per_step: int, flops_per_token: float
+    ) -> None:
+        self.path = directory / "metrics.jsonl"
+        self.title, self.steps = title, steps
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak = peak_flops()
+        kept = [row for row in read(self.path) if row["step"] <= start]
+        try:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(self.path, "a")  # noqa: SIM115  closed by `close`
+            self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), write_to_disk=True, purge_step=start)
+        except OSError as error:
+            raise errors.StorageError(f"cannot write {self.path}: {error.strerror or error}") from None
+        self._bar = tqdm.tqdm(total=steps, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty())
+        self._clock: tuple[int, float] | None = None
+        self._spoken = 0.0
+
+    def write(self, step: int, metrics: dict[str, Any], experts: tuple[str, ...]) -> dict[str, Any]:
+        """Logs the metrics of a step (1 for the first); returns the row."""
+        now = time.perf_counter()
+        row: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            array = np.asarray(value)
+            row[name] = array.item() if array.ndim == 0 else array.tolist()
+        if self._clock is not None and step > self._clock[0]:
+            per_step = (now - self._clock[1]) / (step - self._clock[0])
+            row["tokens_per_second"] = self.tokens_per_step / per_step
+            row["mfu"] = row["tokens_per_second"] * self.flops_per_token / self.peak
+            row["eta_seconds"] = per_step * (self.steps - step)
+        self._clock = (step, now)  # the first interval holds compilation and is not counted
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise errors.StorageError(f"cannot write {self.path}: {error.strerror or error}") from None
+        self._to_board(step, row, experts)
+        self._show(row, now)
+        return row
+
+    def note(self, text: str) -> None:
+        """Says something without breaking the progress line."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flushes and closes all files."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+    def _to_board(self, step: int, row: dict[str, Any], experts: tuple[str, ...]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+            elif name == "share":
+                for layer, shares in enumerate(value):
+                    for expert, share in zip(experts, shares, strict=True):
+                        self._board.add_scalar(f"share/{expert}/layer{layer:02d}", share, step)
+            elif name in ("entropy", "bias"):
+                self._board.add_scalar(name, float(np.mean(value)), step)
+
+    def _show(self, row: dict[str, Any], now: float) -> None:
+        speed = row.get("tokens_per_second")
+        self._bar.n = row["step"]
+        self._bar.set_postfix_str(f"loss {row['loss']:.3f}" + (f", {speed:,.0f} tokens/s" if speed else ""))
+        last = row["step"] >= self.steps
+        if self._bar.disable and (last or now - self._spoken > 10):
+            self._spoken = now
+            pace = f"  {speed:,.0f} tokens/s  MFU {row['mfu']:.0%}  ETA {row['eta_seconds']:.0f} s" if speed else ""
+            print(f"{self.title}  step {row['step']}/{self.steps}  loss {row['loss']:.4f}{pace}", file=sys.stderr, flush=True)
+
+
+def read(path: epath.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a kill is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,153 @@
+"""One training step, the same for every phase: differentiate by the trainable tree only, guard, update.
+
+`trainable` and `frozen` are disjoint trees; gradients and optimizer state have the structure of `trainable` and nothing
+else, so there is nothing to mask. A step whose loss or gradient is not finite, or whose gradient norm jumps, leaves the
+state bitwise as it was.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from flexjax import config as config_lib
+from flexjax import tree
+from flexjax.model import losses, router, transformer
+from flexjax.train import optimizer as optimizer_lib
+
+GUARD_WARMUP = 20  # applied updates before a jump of the gradient norm can be told
+GUARD_DECAY = 0.95
+Batch = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything that a checkpoint holds."""
+
+    trainable: tree.Tree
+    optimizer: Any
+    step: Int[Array, ""]  # steps taken, skipped ones included: the position in the data
+    updates: Int[Array, ""]  # steps applied: the position in the schedule
+    bad_steps: Int[Array, ""]  # skipped in a row
+    norm_mean: Float[Array, ""]  # running mean of the gradient norm
+
+
+def init_state(trainable: tree.Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: each is donated
+    return TrainState(trainable, optimizer.init(trainable), *counts, jnp.zeros((), jnp.float32))
+
+
+def sequence_losses(
+    params: tree.Tree,
+    batch: Batch,
+    architecture: transformer.Architecture,
+    compute: transformer.Compute,
+    config: config_lib.TrainConfig,
+    head_trainable: bool,
+) -> tuple[Float[Array, " B"], dict[str, Any]]:
+    """Loss of each sequence in nats per token, and its parts; a sequence's loss depends on that sequence alone."""
+    out = transformer.forward(
+        params, batch["tokens"], architecture, compute, segments=batch["segments"], weights=batch["weights"]
+    )
+    with jax.named_scope("head"):
+        total, cross_entropy, z = losses.cross_entropy(
+            out.hidden,
+            transformer.head_kernel(params),
+            batch["targets"],
+            z_weight=config.z_loss,
+            head_trainable=head_trainable,
+        )
+    loss = losses.sequence_mean(total, batch["weights"])
+    parts = {
+        "cross_entropy": losses.sequence_mean(cross_entropy, batch["weights"]),
+        "z": losses.sequence_mean(z, batch["weights"]),
+    }
+    if out.routing is not None:
+        router_z = out.routing.z.mean(axis=0)
+        loss = loss + config.router_z_loss * router_z
+        parts["router_z"] = router_z
+    return loss, {"parts": parts, "routing": out.routing}
+
+
+def batch_loss(
+    params: tree.Tree,
+    batch: Batch,
+    architecture: transformer.Architecture,
+    compute: transformer.Compute,
+    config: config_lib.TrainConfig,
+    head_trainable: bool,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """Token-weighted mean of the sequence losses plus the load-balancing loss of the batch, and the metrics."""
+    per_sequence, extra = sequence_losses(params, batch, architecture, compute, config, head_trainable)
+    tokens = batch["weights"].sum(axis=1)
+    share = tokens / jnp.maximum(tokens.sum(), 1)
+    loss = (per_sequence * share).sum()
+    metrics = {name: (values * share).sum() for name, values in extra["parts"].items()}
+    routing = extra["routing"]
+    if routing is not None:
+        balance = losses.load_balance(routing)
+        loss = loss + config.load_balance_loss * balance
+        metrics |= {
+            "load_balance": balance,
+            "share": jnp.einsum("LBE,B->LE", routing.share, share),
+            "entropy": jnp.einsum("LB,B->L", routing.entropy, share),
+        }
+    return loss, metrics | {"loss": loss}
+
+
+def make_step(
+    architecture: transformer.Architecture,
+    compute: transformer.Compute,
+    config: config_lib.TrainConfig,
+    optimizer: optax.GradientTransformation,
+    head_trainable: bool,
+) -> Callable[[TrainState, tree.Tree, Batch], tuple[TrainState, dict[str, Any]]]:
+    """Returns `step(state, frozen, batch) -> (state, metrics)`, to be compiled by the caller."""
+
+    def gradient(trainable: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[tree.Tree, dict[str, Any]]:
+        def loss(trainable: tree.Tree) -> tuple[Array, dict[str, Any]]:
+            params = router.constrain(tree.combine(trainable, frozen))
+            return batch_loss(params, batch, architecture, compute, config, head_trainable)
+
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    def accumulated(trainable: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[tree.Tree, dict[str, Any]]:
+        parts = config.accumulation
+        micro = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+        tokens = micro["weights"].sum(axis=(1, 2))
+        share = tokens / jnp.maximum(tokens.sum(), 1)
+
+        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            new = gradient(trainable, frozen, part[0])
+            return jax.tree.map(lambda sum_, value: sum_ + part[1] * value, total, new), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, frozen, first))
+        return jax.lax.scan(add, zero, (micro, share))[0]
+
+    def step(state: TrainState, frozen: tree.Tree, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        compute_gradient = gradient if config.accumulation == 1 else accumulated
+        grads, metrics = compute_gradient(state.trainable, frozen, batch)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(grads)
+            rate = optimizer_lib.learning_rate(config, state.updates)
+            updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+            trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
+        jumps = (state.updates >= GUARD_WARMUP) & (norm > config.spike_factor * state.norm_mean)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & ~jumps
+        mean = jnp.where(state.updates == 0, norm, GUARD_DECAY * state.norm_mean + (1 - GUARD_DECAY) * norm)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (trainable, moments, state.updates + 1, jnp.zeros_like(state.bad_steps), mean),
+            (state.trainable, state.optimizer, state.updates, state.bad_steps + 1, state.norm_mean),
+        )
+        metrics |= {"gradient_norm": norm, "learning_rate": rate, "skipped": ~good, "bad_steps": kept[3]}
+        return TrainState(kept[0], kept[1], state.step + 1, kept[2], kept[3], kept[4]), metrics
+
+    return step

@@ -1,0 +1,92 @@
+"""A run's directory: one writer at a time, atomic small files, and enough space before anything starts."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from etils import epath
+
+from flexjax import errors
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether a path lies on a file system, not in a bucket."""
+    return "://" not in os.fspath(path)
+
+
+def create(path: epath.PathLike) -> epath.Path:
+    """Makes a directory and checks that it can be written."""
+    directory = epath.Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if is_local(directory):
+            probe = directory / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+    except OSError as error:
+        raise errors.StorageError(
+            f"cannot write to {directory}: {error.strerror or error}; choose another --workdir or fix its permissions"
+        ) from None
+    return directory
+
+
+@contextmanager
+def lock(directory: epath.Path) -> Iterator[None]:
+    """Holds a directory for this process; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+      StorageError: another process holds it; the message names that process.
+    """
+    if not is_local(directory):
+        yield
+        return
+    descriptor = os.open(os.fspath(directory / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise errors.StorageError(f"{directory} is in use by {holder}; wait for it or choose another --workdir") from None
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since} UTC\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Replaces a small JSON file atomically."""
+    temporary = path.parent / f".{path.name}.partial"
+    try:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise errors.StorageError(f"cannot write {path}: {error.strerror or error}; check space and permissions") from None
+
+
+def read_json(path: epath.Path) -> Any:
+    """Reads a JSON file of ours, or None if there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise errors.IntegrityError(f"{path} is not valid JSON ({error}); restore it or remove the directory") from None
+
+
+def need_space(directory: epath.Path, needed: int, purpose: str) -> None:
+    """Raises StorageError if fewer than `needed` bytes are free where a directory lies."""
+    if not is_local(directory):
+        return
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise errors.StorageError(
+            f"{directory} has {free / 2**20:.0f} MiB free, {purpose} need {needed / 2**20:.0f} MiB; free space or move --workdir"
+        )
