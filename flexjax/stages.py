@@ -84,7 +84,7 @@ def public_stage(
     def put(writer: slices.TensorWriter) -> None:
         writer.put_tree({**shared, "expert": public, "statistics": statistics})
 
-    facts |= {"data": stream.identity()[f"source/{config_lib.PUBLIC}"], "seed": config.seed}
+    facts |= {"data": stream.identity()[f"source/{config_lib.PUBLIC}"], "seed": config.seed, "seq_len": config.data.seq_len}
     found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
     say(f"anchor: written to {home}, digest {found.manifest['digest'][:12]}")
     return found
@@ -173,7 +173,7 @@ def expert_stage(
         "public_fraction": fraction,
         "seed": config.seed,
     }
-    found = store.write_bundle(home, name, anchor.manifest["digest"], expert, facts)
+    found = store.write_bundle(home, name, anchor, expert, facts)
     say(f"expert '{name}': written to {home}, digest {found.manifest['digest'][:12]}")
     return found
 
@@ -229,7 +229,7 @@ def joint_stage(
     tokenizer_file = store.tokenizer_path(anchor)
     rows, facts = anchor.manifest["rows"], facts | {"seed": config.seed, "parent": anchor.manifest["digest"]}
     new = store.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=rows, training=facts)
-    bundles = {name: store.write_bundle(parts / name, name, new.manifest["digest"], experts[name], facts) for name in names}
+    bundles = {name: store.write_bundle(parts / name, name, new, experts[name], facts) for name in names}
     model = store.write_model(home, new, bundles, config.mixture.top_k)
     _discard(parts)
     return model
@@ -251,11 +251,10 @@ def router_stage(
     experts = surgery.split(_replace(params, trained), architecture.banks)[1]
     parts = directory / "parts"
     _discard(parts)
-    digest = start.anchor.manifest["digest"]
     bundles = {}
     for name, bundle in start.bundles.items():
         provenance = facts | {"router_tuned_with": sorted(start.bundles), "parent": bundle.manifest["digest"]}
-        bundles[name] = store.write_bundle(parts / name, name, digest, experts[name], provenance)
+        bundles[name] = store.write_bundle(parts / name, name, start.anchor, experts[name], provenance)
     model = store.write_model(home, start.anchor, bundles, start.manifest["top_k"])
     _discard(parts)
     return model

@@ -124,7 +124,7 @@ def documents(
 
 def _check_share(report: Report) -> None:
     total = len(report.bad) + report.documents
-    if False:
+    if len(report.bad) > MAX_BAD_SHARE * total:
         raise errors.DataError(
             f"{len(report.bad)} of {total} documents are bad, at most {MAX_BAD_SHARE:.1%} may be; the first is {report.bad[0]}"
         )

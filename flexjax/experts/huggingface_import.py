@@ -60,7 +60,7 @@ def import_folder(source: epath.PathLike, target: epath.PathLike, names: Sequenc
         digest = anchor.manifest["digest"]
         if described.experts > 1:
             bundles = {
-                name: _write_expert(home, name, e, digest, places, config, training) for e, name in enumerate(order) if e
+                name: _write_expert(home, name, e, anchor, places, config, training) for e, name in enumerate(order) if e
             }
             store.write_model_manifest(home, anchor, bundles, described.top_k)
             digest = store.open_model(home).tree_digest
@@ -141,7 +141,7 @@ def _write_expert(
     home: epath.Path,
     name: str,
     expert: int,
-    anchor_digest: str,
+    anchor: store.Artefact,
     places: Mapping[links.Link, links.Place],
     config: config_lib.ModelConfig,
     training: dict[str, Any],
@@ -153,7 +153,7 @@ def _write_expert(
         writer.put(links.ROW, row.dtype.name, row.shape, [row])
         writer.put(links.BIAS, "float32", (config.num_layers,), [np.zeros(config.num_layers, np.float32)])
 
-    bundle = store.stream_bundle(home / "experts" / "incoming", name, anchor_digest, config.d_ff, put, training)
+    bundle = store.stream_bundle(home / "experts" / "incoming", name, anchor, config.d_ff, put, training)
     final = home / "experts" / bundle.manifest["digest"]
     if "://" in str(home):
         store.copy(bundle, final)

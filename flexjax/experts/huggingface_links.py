@@ -53,21 +53,22 @@ class Link:
 def table(config: config_lib.ModelConfig, experts: int) -> list[Link]:
     """All tensors of a model, in the order of the forward pass; `experts` is 0 for a dense OLMo-2."""
     shared = store.shared_shapes(config)
-    ffn = store.expert_shapes(config, config.d_ff, biased=False)
+    narrow, wide = config.d_model, config.d_ff
+    ffn = {"expert/ffn/gate": (wide, narrow), "expert/ffn/up": (wide, narrow), "expert/ffn/down": (narrow, wide)}
 
-    def link(name: str, path: str, shape: tuple[int, ...], layer: int | None, expert: int | None, transposed: bool) -> Link:
-        return Link(name, shape[::-1] if transposed else shape, path, layer, expert, transposed)
+    def link(name: str, path: str, shape: tuple[int, ...], layer: int | None, transposed: bool) -> Link:
+        return Link(name, shape[::-1] if transposed else shape, path, layer, None, transposed)
 
-    outside = {path: link(name, path, shared[path], None, None, t) for path, (name, t) in OUTSIDE.items() if path in shared}
+    outside = {path: link(name, path, shared[path], None, t) for path, (name, t) in OUTSIDE.items() if path in shared}
     found = [outside["embed/embedding"]]
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
-        found += [link(prefix + n, path, shared[path][1:], layer, None, t) for path, (n, t) in LAYER.items()]
+        found += [link(prefix + n, path, shared[path][1:], layer, t) for path, (n, t) in LAYER.items()]
         if experts:
             found.append(Link(prefix + "mlp.gate.weight", (experts, config.d_model), ROW, layer, None, False))
         for e in range(max(1, experts)):
             home = prefix + (f"mlp.experts.{e}." if experts else "mlp.")
-            found += [link(home + n, path, ffn[path][1:], layer, e, True) for path, n in FFN.items()]
+            found += [Link(home + n, ffn[path], path, layer, e, True) for path, n in FFN.items()]
     return found + [outside[path] for path in ("head/norm", "head/kernel") if path in outside]
 
 

@@ -1,7 +1,7 @@
 """Manifests: what an anchor, a bundle or a merged model says of itself, as canonical JSON that its digest covers.
 
     anchor   kind, format, model (shapes), tokenizer {file, digest} or null, rows (method), tensors, training
-    expert   kind, format, name, anchor (digest), d_ff, tensors, training
+    expert   kind, format, name, anchor, config, tokenizer (digests), d_ff, tensors, training
     model    kind, format, anchor (digest), experts {name: digest}, top_k
 
 `digest` is the SHA-256 of the rest of the manifest; since `tensors` lists the SHA-256 of every slice, it covers every byte.
@@ -20,12 +20,13 @@ from flexjax import errors, tree
 
 FORMAT = 1
 FILE = "manifest.json"
+PARTIAL = ".manifest.json.partial"  # marks a directory that is still being written
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 FIELDS = {
     "anchor": {"kind", "format", "model", "tokenizer", "rows", "tensors", "training", "digest"},
-    "expert": {"kind", "format", "name", "anchor", "d_ff", "tensors", "training", "digest"},
+    "expert": {"kind", "format", "name", "anchor", "config", "tokenizer", "d_ff", "tensors", "training", "digest"},
     "model": {"kind", "format", "anchor", "experts", "top_k", "digest"},
 }
 Manifest = dict[str, Any]
@@ -62,12 +63,26 @@ def seal(manifest: Manifest) -> Manifest:
 def write(directory: epath.PathLike, manifest: Manifest) -> None:
     """Writes the manifest last of all files: it is the commit point of its directory."""
     final = epath.Path(directory) / FILE
-    temporary = final.parent / f".{FILE}.partial"
+    temporary = final.parent / PARTIAL
     try:
         temporary.write_bytes(tree.canonical_json(manifest) + b"\n")
-        temporary.rename(final) if not final.exists() else temporary.replace(final)
+        temporary.replace(final)
     except OSError as error:
         raise errors.StorageError(f"cannot write {final}: {error.strerror or error}; check space and permissions") from None
+
+
+def kind(directory: epath.PathLike) -> str:
+    """What a directory holds: "anchor", "expert" or "model".
+
+    Raises:
+      StorageError: it has no manifest. IntegrityError: the manifest is broken or of no kind.
+    """
+    stated = _load(epath.Path(directory), "artefact").get("kind")
+    if stated not in FIELDS:
+        raise errors.IntegrityError(
+            f"{epath.Path(directory) / FILE} describes kind {str(stated)[:20]!r}, expected {', '.join(FIELDS)}"
+        )
+    return str(stated)
 
 
 def read(directory: epath.PathLike, kind: str) -> Manifest:
@@ -76,13 +91,8 @@ def read(directory: epath.PathLike, kind: str) -> Manifest:
     Raises:
       StorageError: there is none. IntegrityError: it is not what it should be, or its digest is another.
     """
+    manifest = _load(epath.Path(directory), kind)
     path = epath.Path(directory) / FILE
-    if not path.exists():
-        hint = "the directory does not exist" if not path.parent.exists() else "the directory has no manifest.json"
-        raise errors.StorageError(f"{path.parent} is no flexjax {kind}: {hint}; give the directory that a run wrote")
-    if path.stat().length > MAX_BYTES:
-        raise errors.IntegrityError(f"{path} is larger than {MAX_BYTES} bytes; no honest manifest is")
-    manifest = _parse(path.read_bytes(), path)
     if manifest.get("kind") != kind:
         raise errors.IntegrityError(f"{path} describes kind {str(manifest.get('kind'))[:20]!r}, expected '{kind}'")
     if manifest.get("format") != FORMAT:
@@ -94,6 +104,26 @@ def read(directory: epath.PathLike, kind: str) -> Manifest:
             f"{path}: content has digest {found[:12]}, the manifest says {str(manifest['digest'])[:12]}"
         )
     return manifest
+
+
+def _load(directory: epath.Path, kind: str) -> Manifest:
+    path = directory / FILE
+    if not path.exists():
+        hint = "the directory does not exist" if not directory.exists() else "the directory has no manifest.json"
+        raise errors.StorageError(f"{directory} is no flexjax {kind}: {hint}; give the directory that a run wrote")
+    if path.stat().length > MAX_BYTES:
+        raise errors.IntegrityError(f"{path} is larger than {MAX_BYTES} bytes; no honest manifest is")
+    return _parse(path.read_bytes(), path)
+
+
+def lineage(anchor: Manifest) -> dict[str, str]:
+    """The digests by which a bundle names the anchor it belongs to."""
+    tokenizer = anchor["tokenizer"]
+    return {
+        "anchor": anchor["digest"],
+        "config": tree.sha256(tree.canonical_json(anchor["model"])),
+        "tokenizer": str(tokenizer["digest"]) if isinstance(tokenizer, dict) else "",
+    }
 
 
 def model_config(anchor: Manifest, where: epath.PathLike) -> config_lib.ModelConfig:

@@ -9,7 +9,6 @@ What a manifest does not name does not exist. Bytes are hashed as they are read:
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,7 +92,7 @@ def check_content(path: str, rows: np.ndarray, label: str) -> None:
 
 
 def _extra_files(manifest: manifest_lib.Manifest) -> set[str]:
-    return {manifest["tokenizer"]["file"]} if manifest.get("tokenizer") else set()
+    return {manifest["tokenizer"]["file"]} if manifest["kind"] == "anchor" and manifest["tokenizer"] else set()
 
 
 def _listing(directory: epath.Path) -> set[str]:
@@ -111,9 +110,8 @@ def shared_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: shape for path, shape in shapes.items() if not path.startswith("experts/")}
 
 
-def expert_shapes(config: config_lib.ModelConfig, d_ff: int, biased: bool) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes of one expert on disk."""
-    layers, d = config.num_layers, config.d_model
+def expert_shapes(layers: int, d: int, d_ff: int, biased: bool) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of one expert of a model of so many layers and d_model `d`, on disk."""
     shapes: dict[str, tuple[int, ...]] = {
         "expert/ffn/gate": (layers, d, d_ff),
         "expert/ffn/up": (layers, d, d_ff),
@@ -183,7 +181,7 @@ def open_anchor(directory: epath.PathLike) -> Artefact:
     home = epath.Path(directory)
     anchor = Artefact(home, manifest_lib.read(home, "anchor"), f"anchor {home}")
     config = manifest_lib.model_config(anchor.manifest, home / manifest_lib.FILE)
-    expected = shared_shapes(config) | expert_shapes(config, config.d_ff, biased=False)
+    expected = shared_shapes(config) | expert_shapes(config.num_layers, config.d_model, config.d_ff, biased=False)
     optional = {"statistics/states", "statistics/projection"}
     _check_schema(anchor, expected, optional)
     return anchor
@@ -221,20 +219,20 @@ def public_expert(anchor: Artefact) -> tree.Tree:
 
 
 def write_bundle(
-    directory: epath.PathLike, name: str, anchor_digest: str, expert: tree.Tree, training: dict[str, Any]
+    directory: epath.PathLike, name: str, anchor: Artefact, expert: tree.Tree, training: dict[str, Any]
 ) -> Artefact:
     """Writes one expert: its FFN, router row and effective bias (never above 0)."""
     for path, leaf in tree.flatten(expert).items():
         check_content(path, np.asarray(leaf), f"expert '{name}'")
     return stream_bundle(
-        directory, name, anchor_digest, surgery.width(expert), lambda writer: writer.put_tree({"expert": expert}), training
+        directory, name, anchor, surgery.width(expert), lambda writer: writer.put_tree({"expert": expert}), training
     )
 
 
 def stream_bundle(
     directory: epath.PathLike,
     name: str,
-    anchor_digest: str,
+    anchor: Artefact,
     d_ff: int,
     tensors: Callable[[slices.TensorWriter], None],
     training: dict[str, Any],
@@ -247,7 +245,7 @@ def stream_bundle(
     manifest = {
         "kind": "expert",
         "name": name,
-        "anchor": anchor_digest,
+        **manifest_lib.lineage(anchor.manifest),
         "d_ff": d_ff,
         "tensors": writer.entries,
         "training": training,
@@ -256,8 +254,8 @@ def stream_bundle(
     return Artefact(home, manifest_lib.read(home, "expert"), f"expert '{name}' in {home}")
 
 
-def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig) -> Artefact:
-    """Opens a bundle and checks its manifest against the shapes of an anchor; no tensor is read."""
+def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig | None) -> Artefact:
+    """Opens a bundle and checks its manifest against the shapes of an anchor (None: its own); no tensor is read."""
     home = epath.Path(directory)
     manifest = manifest_lib.read(home, "expert")
     name = manifest["name"]
@@ -265,12 +263,25 @@ def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig) -> Ar
         raise errors.IntegrityError(f"{home}: the expert's name must be a string")
     bundle = Artefact(home, manifest, f"expert '{manifest_lib.check_name(name)}' in {home}")
     d_ff = manifest["d_ff"]
-    if not isinstance(d_ff, int) or isinstance(d_ff, bool) or not 0 < d_ff <= config.d_ff * 8:
-        raise errors.IntegrityError(
-            f"{bundle.label}: d_ff is {str(d_ff)[:20]}, expected a width near the anchor's {config.d_ff}"
-        )
-    _check_schema(bundle, expert_shapes(config, d_ff, biased=True))
+    widest = 2**20 if config is None else config.d_ff * 8
+    if not isinstance(d_ff, int) or isinstance(d_ff, bool) or not 0 < d_ff <= widest:
+        raise errors.IntegrityError(f"{bundle.label}: d_ff is {str(d_ff)[:20]}, expected a width of 1 to {widest}")
+    if config is None:
+        _check_schema(bundle, expert_shapes(*_stated_shape(bundle), d_ff, biased=True))
+    else:
+        _check_schema(bundle, expert_shapes(config.num_layers, config.d_model, d_ff, biased=True))
     return bundle
+
+
+def _stated_shape(bundle: Artefact) -> tuple[int, int]:
+    """Layers and d_model as the bundle itself states them, for looking at it without its anchor."""
+    try:
+        layers, d_model = (int(size) for size in bundle.manifest["tensors"]["expert/router/row"]["shape"])
+    except (KeyError, TypeError, ValueError):
+        raise errors.IntegrityError(f"{bundle.label}: the manifest has no sound entry of tensor expert/router/row") from None
+    if not (0 < layers <= 2**12 and 0 < d_model <= 2**20):
+        raise errors.IntegrityError(f"{bundle.label}: {layers} layers of width {d_model} are not plausible")
+    return layers, d_model
 
 
 @dataclasses.dataclass
@@ -311,16 +322,14 @@ def write_model_manifest(home: epath.Path, anchor: Artefact, bundles: dict[str, 
 
 def copy(artefact: Artefact, target: epath.Path) -> None:
     """Copies an artefact through verified reads; the manifest comes last."""
-    if target.exists():
-        target.rmtree()
-    target.mkdir(parents=True)
-    writer = slices.TensorWriter(target)
+    home = _fresh(target)
+    writer = slices.TensorWriter(home)
     for path, entry in artefact.manifest["tensors"].items():
         pieces = artefact.slices_of(path)
         writer.put(path, entry["dtype"], tuple(entry["shape"]), _checked(pieces, path, artefact.label))
     for name in _extra_files(artefact.manifest):
-        (target / name).write_bytes((artefact.directory / name).read_bytes())
-    manifest_lib.write(target, artefact.manifest)
+        (home / name).write_bytes((artefact.directory / name).read_bytes())
+    manifest_lib.write(home, artefact.manifest)
 
 
 def _checked(pieces: Iterator[np.ndarray], path: str, label: str) -> Iterator[np.ndarray]:
@@ -371,27 +380,71 @@ def load_anchor(anchor: Artefact) -> tuple[transformer.Architecture, tree.Tree]:
     return surgery.architecture(config_of(anchor), banks, 1), params
 
 
-def sweep(model: Model) -> list[str]:
-    """Deletes what the manifest of a model does not name; returns the names of what went."""
-    gone = []
+def check_known(model: Model, name: str) -> None:
+    """Raises PolicyError if the model has no such expert, ConfigError if it is the anchor's own."""
+    if name == config_lib.PUBLIC:
+        raise errors.ConfigError("'public' is the anchor's own expert and cannot be removed")
+    if name not in model.bundles:
+        known = ", ".join(sorted(model.bundles)) or "none but public"
+        raise errors.PolicyError(f"no expert '{name}' in {model.directory}; it has {known}")
+
+
+def remaining_top_k(model: Model) -> int:
+    """Experts per token once one expert is gone."""
+    return min(model.manifest["top_k"], len(model.bundles))
+
+
+def remove_expert(model: Model, name: str) -> Model:
+    """Takes an expert out of a model in place: the manifest is replaced, then the expert's bytes are deleted."""
+    check_known(model, name)
+    kept = {other: bundle for other, bundle in model.bundles.items() if other != name}
+    write_model_manifest(model.directory, model.anchor, kept, remaining_top_k(model))
+    smaller = open_model(model.directory)
+    for entry in _unnamed(smaller):
+        entry.rmtree()
+    return smaller
+
+
+def check_listing(model: Model) -> None:
+    """Raises IntegrityError if a model's directory holds what its manifest does not name."""
+    known = {manifest_lib.FILE, "anchor", "experts", ".lock"}
+    stray = [entry for entry in model.directory.iterdir() if entry.name not in known] + _unnamed(model)
+    for entry in stray:
+        raise errors.IntegrityError(f"{entry} is not named by the manifest of {model.directory}; remove it")
+
+
+def _unnamed(model: Model) -> list[epath.Path]:
+    """Directories of experts that the manifest does not name: what an interrupted operation left."""
     kept = {bundle.manifest["digest"] for bundle in model.bundles.values()}
     experts = model.directory / "experts"
-    for entry in experts.iterdir() if experts.exists() else []:
-        if entry.name not in kept:
-            entry.rmtree()
-            gone.append(entry.name)
-    return gone
+    return [entry for entry in experts.iterdir() if entry.name not in kept] if experts.exists() else []
 
 
 def _fresh(directory: epath.PathLike) -> epath.Path:
-    """An empty directory to write to; leftovers without a manifest are swept, a finished artefact is never overwritten."""
+    """An empty directory to write to, holding the manifest's partial file until the manifest replaces it.
+
+    What an interrupted write left behind is known by that file and swept; anything else is never overwritten.
+    """
     home = epath.Path(directory)
+    unfinished = home / manifest_lib.PARTIAL
     if (home / manifest_lib.FILE).exists():
         raise errors.StorageError(f"{home} already holds a finished artefact; choose another directory or remove it")
     try:
-        if home.exists():
-            shutil.rmtree(home) if "://" not in str(home) else home.rmtree()
-        home.mkdir(parents=True)
+        if unfinished.exists():
+            home.rmtree()
+        elif home.exists() and any(home.iterdir()):
+            raise errors.StorageError(f"{home} is not empty and not ours; choose another directory")
+        home.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(b"")
     except OSError as error:
         raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
     return home
+
+
+def load_any(directory: epath.PathLike, top_k: int | None = None) -> tuple[Artefact, transformer.Architecture, tree.Tree]:
+    """Reads a merged model or an anchor into memory; returns (its anchor, what the parameters mean, the parameters)."""
+    if manifest_lib.kind(directory) == "anchor":
+        anchor = open_anchor(directory)
+        return anchor, *load_anchor(anchor)
+    model = open_model(directory)
+    return model.anchor, *load(model, top_k)
