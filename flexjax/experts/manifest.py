@@ -17,6 +17,7 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
+from flexjax.experts import slices
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -28,6 +29,12 @@ FIELDS = {
     "anchor": {"kind", "format", "model", "tokenizer", "rows", "tensors", "training", "digest"},
     "expert": {"kind", "format", "name", "anchor", "config", "tokenizer", "d_ff", "tensors", "training", "digest"},
     "model": {"kind", "format", "anchor", "experts", "top_k", "digest"},
+}
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("digest", "anchor", "config", "name", "rows"), (str,)),
+    **dict.fromkeys(("model", "experts", "tensors", "training"), (dict,)),
+    **dict.fromkeys(("d_ff", "top_k"), (int,)),
+    "tokenizer": (dict, str, type(None)),
 }
 Manifest = dict[str, Any]
 
@@ -78,7 +85,7 @@ def kind(directory: epath.PathLike) -> str:
       StorageError: it has no manifest. IntegrityError: the manifest is broken or of no kind.
     """
     stated = _load(epath.Path(directory), "artefact").get("kind")
-    if stated not in FIELDS:
+    if not isinstance(stated, str) or stated not in FIELDS:
         raise errors.IntegrityError(
             f"{epath.Path(directory) / FILE} describes kind {str(stated)[:20]!r}, expected {', '.join(FIELDS)}"
         )
@@ -111,9 +118,7 @@ def _load(directory: epath.Path, kind: str) -> Manifest:
     if not path.exists():
         hint = "the directory does not exist" if not directory.exists() else "the directory has no manifest.json"
         raise errors.StorageError(f"{directory} is no flexjax {kind}: {hint}; give the directory that a run wrote")
-    if path.stat().length > MAX_BYTES:
-        raise errors.IntegrityError(f"{path} is larger than {MAX_BYTES} bytes; no honest manifest is")
-    return _parse(path.read_bytes(), path)
+    return _parse(slices.read_small(path, MAX_BYTES), path)
 
 
 def lineage(anchor: Manifest) -> dict[str, str]:
@@ -147,6 +152,9 @@ def _check_fields(manifest: Manifest, where: str) -> None:
         raise errors.IntegrityError(
             f"{where}: field '{field[:40]}' {state}; a {manifest['kind']} manifest has {sorted(expected)}"
         )
+    for field in sorted(expected & set(TYPES)):
+        if not isinstance(manifest[field], TYPES[field]) or isinstance(manifest[field], bool):
+            raise errors.IntegrityError(f"{where}: field '{field}' is of type {type(manifest[field]).__name__}; refused")
 
 
 def _parse(data: bytes, path: epath.Path) -> Manifest:
@@ -165,6 +173,8 @@ def _parse(data: bytes, path: epath.Path) -> Manifest:
         manifest = json.loads(data, object_pairs_hook=unique)
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
+        if tree.canonical_json(manifest) + b"\n" != data:
+            raise ValueError("its bytes are not canonical JSON; manifests are not edited by hand")
     except (ValueError, RecursionError) as error:
         raise errors.IntegrityError(f"{path} is no manifest: {error}") from None
     return manifest

@@ -167,11 +167,11 @@ def read_folder(directory: epath.Path) -> dict[str, Stored]:
     return found
 
 
-def write_folder(directory: epath.Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> list[str]:
-    """Writes tensors, in files of at most `shard_bytes` (a larger tensor has its own), and the index if they are several."""
+def write_folder(directory: epath.Path, tensors: Sequence[Planned]) -> list[str]:
+    """Writes tensors, in files of at most SHARD_BYTES (a larger tensor has its own), and the index if they are several."""
     shards: list[list[Planned]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(tensor)
     total = len(shards)

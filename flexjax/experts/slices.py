@@ -95,6 +95,14 @@ def _regroup(pieces: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
         yield rest
 
 
+def read_small(path: epath.Path, limit: int) -> bytes:
+    """Reads a regular file whose size is not known beforehand; raises IntegrityError as `read_file`, or above the limit."""
+    size = path.stat().length if path.exists() else 0
+    if size > limit:
+        raise errors.IntegrityError(f"{path} has {size} bytes; no honest one has more than {limit}")
+    return read_file(path, size)
+
+
 def read_file(path: epath.Path, size: int) -> bytes:
     """Reads a file of exactly this size; local symbolic links and special files are refused.
 

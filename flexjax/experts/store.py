@@ -9,7 +9,8 @@ What a manifest does not name does not exist. Bytes are hashed as they are read:
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from flexjax.experts import slices, surgery
 from flexjax.model import transformer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+TOKENIZER_BYTES = 2**28
 
 
 @dataclasses.dataclass
@@ -121,25 +123,46 @@ def expert_shapes(layers: int, d: int, d_ff: int, biased: bool) -> dict[str, tup
     return shapes | ({"expert/router/bias": (layers,)} if biased else {})
 
 
-def _check_schema(artefact: Artefact, expected: dict[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
+def statistics_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int | None, ...]]:
+    """Paths and shapes of what an anchor may hold beside its weights; None is any length."""
+    return {
+        "statistics/states": (config.num_layers, None, config.d_model),
+        "statistics/projection": (None, config.d_model),
+    }
+
+
+def _check_schema(
+    artefact: Artefact,
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int | None, ...]] = types.MappingProxyType({}),
+) -> None:
     """Compares declared tensors with our own schema, before any of them is opened."""
     declared = artefact.manifest["tensors"]
-    if not isinstance(declared, dict):
-        raise errors.IntegrityError(f"{artefact.label}: the manifest's tensors must be an object")
     for path in sorted(set(declared) - set(expected) - set(optional)):
         raise errors.IntegrityError(f"{artefact.label}: unexpected tensor '{path[:80]}'")
-    for path, shape in expected.items():
-        entry = declared.get(path)
-        if entry is None:
-            raise errors.IntegrityError(f"{artefact.label}: tensor {path} is missing; expected shape {list(shape)}")
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "slices"} or entry["dtype"] not in slices.ITEMSIZE:
-            raise errors.IntegrityError(f"{artefact.label}: the entry of tensor {path} must hold dtype, shape and slices")
-        if entry["shape"] != list(shape):
-            raise errors.IntegrityError(f"{artefact.label}: tensor {path} has shape {entry['shape']}, expected {list(shape)}")
-        if len(entry["slices"]) != slices.slice_count(path, shape, slices.ITEMSIZE[entry["dtype"]]):
-            raise errors.IntegrityError(
-                f"{artefact.label}: tensor {path} has {len(entry['slices'])} slices, its shape needs others"
-            )
+    for path in sorted(set(expected) - set(declared)):
+        raise errors.IntegrityError(f"{artefact.label}: tensor {path} is missing; expected shape {list(expected[path])}")
+    for path, entry in sorted(declared.items()):
+        _check_entry(f"{artefact.label}: tensor {path}", path, entry, {**optional, **expected}[path])
+
+
+def _check_entry(label: str, path: str, entry: Any, shape: tuple[int | None, ...]) -> None:
+    """Checks dtype, shape and slices that a manifest states for one tensor; None in `shape` is any length up to 2**24."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "slices"} or str(entry["dtype"]) not in slices.ITEMSIZE:
+        raise errors.IntegrityError(f"{label}: its entry must hold a dtype of {', '.join(slices.ITEMSIZE)}, shape and slices")
+    stated, digests = entry["shape"], entry["slices"]
+    if not (
+        isinstance(stated, list)
+        and len(stated) == len(shape)
+        and all(
+            type(size) is int and 0 < size <= 2**24 and wanted in (None, size)
+            for size, wanted in zip(stated, shape, strict=True)
+        )
+    ):
+        raise errors.IntegrityError(f"{label} has shape {str(stated)[:80]}, expected {list(shape)}")
+    count = slices.slice_count(path, tuple(stated), slices.ITEMSIZE[entry["dtype"]])
+    if not isinstance(digests, list) or len(digests) != count or not all(isinstance(digest, str) for digest in digests):
+        raise errors.IntegrityError(f"{label} must have {count} slices, each with its digest")
 
 
 def write_anchor(
@@ -160,8 +183,11 @@ def write_anchor(
     if tokenizer_file is not None:
         source = epath.Path(tokenizer_file)
         data = source.read_bytes()
-        (home / source.name).write_bytes(data)
-        tokenizer = {"file": source.name, "digest": tree.sha256(data)}
+        name = f"tokenizer{source.suffix}"
+        if name not in TOKENIZER_FILES:
+            raise errors.ConfigError(f"{source} is no tokenizer; give a .model or .json file")
+        (home / name).write_bytes(data)
+        tokenizer = {"file": name, "digest": tree.sha256(data)}
     writer = slices.TensorWriter(home)
     tensors(writer)
     manifest = {
@@ -182,8 +208,8 @@ def open_anchor(directory: epath.PathLike) -> Artefact:
     anchor = Artefact(home, manifest_lib.read(home, "anchor"), f"anchor {home}")
     config = manifest_lib.model_config(anchor.manifest, home / manifest_lib.FILE)
     expected = shared_shapes(config) | expert_shapes(config.num_layers, config.d_model, config.d_ff, biased=False)
-    optional = {"statistics/states", "statistics/projection"}
-    _check_schema(anchor, expected, optional)
+    _check_schema(anchor, expected, statistics_shapes(config))
+    _check_tokenizer_entry(anchor)
     return anchor
 
 
@@ -205,12 +231,18 @@ def tokenizer_path(anchor: Artefact) -> epath.Path:
             f"{anchor.label} has no tokenizer, since it was imported from a folder without one; "
             "add tokenizer.json to that folder and import it again"
         )
-    if not isinstance(entry, dict) or entry.get("file") not in TOKENIZER_FILES:
-        raise errors.IntegrityError(f"{anchor.label}: the tokenizer must be one of {', '.join(TOKENIZER_FILES)}")
     path = anchor.directory / entry["file"]
-    if not path.exists() or tree.sha256(path.read_bytes()) != entry.get("digest"):
-        raise errors.IntegrityError(f"{path} is missing or not the tokenizer that the anchor was trained with; restore it")
+    if tree.sha256(slices.read_small(path, TOKENIZER_BYTES)) != entry["digest"]:
+        raise errors.IntegrityError(f"{path} is not the tokenizer that the anchor was trained with; restore it")
     return path
+
+
+def _check_tokenizer_entry(anchor: Artefact) -> None:
+    """Checks what a manifest says of the tokenizer: a fixed name, so that it cannot lead out of the directory."""
+    entry = anchor.manifest["tokenizer"]
+    sound = isinstance(entry, dict) and set(entry) == {"file", "digest"} and entry["file"] in TOKENIZER_FILES
+    if entry is not None and not sound:
+        raise errors.IntegrityError(f"{anchor.label}: the tokenizer must be one of {', '.join(TOKENIZER_FILES)} and its digest")
 
 
 def public_expert(anchor: Artefact) -> tree.Tree:
@@ -327,8 +359,9 @@ def copy(artefact: Artefact, target: epath.Path) -> None:
     for path, entry in artefact.manifest["tensors"].items():
         pieces = artefact.slices_of(path)
         writer.put(path, entry["dtype"], tuple(entry["shape"]), _checked(pieces, path, artefact.label))
-    for name in _extra_files(artefact.manifest):
-        (home / name).write_bytes((artefact.directory / name).read_bytes())
+    if _extra_files(artefact.manifest):
+        source = tokenizer_path(artefact)
+        (home / source.name).write_bytes(source.read_bytes())
     manifest_lib.write(home, artefact.manifest)
 
 

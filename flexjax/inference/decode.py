@@ -127,8 +127,6 @@ class Decoder:
 
     def _run(self, requests: Sequence[Request], max_new_tokens: int, stride: int) -> Iterator[list[np.ndarray]]:
         """Yields, for every `stride` new slots, each row's ids before its EOS."""
-        if max_new_tokens < 1:
-            raise errors.ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
         state = self.start(requests, max_new_tokens)
         first = int(state.filled)
         ended = np.zeros(len(requests), bool)
@@ -144,11 +142,9 @@ class Decoder:
 
     def start(self, requests: Sequence[Request], max_new_tokens: int) -> State:
         """Lays out a batch and computes the keys and values of all prompt slots but the last."""
-        names, vocabulary = self.architecture.experts, self.architecture.config.vocab_size
+        names = self.architecture.experts
         for request in requests:
-            sampling.check(request.temperature, request.top_k, request.top_p, request.seed)
-            if any(not 0 <= token < vocabulary for token in request.prompt):
-                raise errors.ConfigError(f"a prompt holds an id outside of 0..{vocabulary - 1}; another tokenizer made it")
+            check(request, self.architecture, max_new_tokens)
         masks = [router.allowed_mask(names, names if r.experts is None else r.experts, 1) for r in requests]
         settings = sampling.Sampling(
             temperature=jnp.array([r.temperature for r in requests], jnp.float32),
@@ -217,6 +213,18 @@ class Decoder:
             return dataclasses.replace(state, tokens=tokens, filled=state.filled + 1, done=done, cache=cache)
 
         return jax.lax.while_loop(lambda state: (state.filled < until) & ~state.done.all(), body, state)
+
+
+def check(request: Request, architecture: transformer.Architecture, max_new_tokens: int) -> None:
+    """Raises PolicyError if a request names an unknown expert or none, ConfigError if its settings make no sense."""
+    if request.experts is not None:
+        router.allowed_mask(architecture.experts, request.experts, 1)
+    sampling.check(request.temperature, request.top_k, request.top_p, request.seed)
+    vocabulary = architecture.config.vocab_size
+    if any(not 0 <= token < vocabulary for token in request.prompt):
+        raise errors.ConfigError(f"a prompt holds an id outside of 0..{vocabulary - 1}; another tokenizer made it")
+    if max_new_tokens < 1:
+        raise errors.ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
 
 def _stack(experts: tree.Tree) -> tree.Tree:

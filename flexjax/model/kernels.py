@@ -1,6 +1,6 @@
-"""Grouped matrix multiplication: the one kernel that depends on the platform a program is compiled for.
+"""Matrix products: the plain one, and the grouped one, which depends on the platform a program is compiled for.
 
-Rows of `x` that belong to group g lie together, from `starts[g]` on, `sizes[g]` of them; groups may be empty, and rows that
+Grouped: rows of `x` that belong to group g lie together, from `starts[g]` on, `sizes[g]` of them; groups may be empty, and rows that
 belong to no group give zeros. On CPU a group is worked off in blocks of rows with the group's weights held in place, so
 the cost follows the rows that exist: nothing is dropped, nothing is padded, no weight is copied. Elsewhere it is
 `jax.lax.ragged_dot`.
@@ -13,6 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BLOCK_ROWS = 128
+
+
+def project(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """x @ w in the dtype of `x`, through a matrix of all rows: on CPU a weight gradient that sums over two axes costs triple."""
+    return jnp.dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[1])
 
 
 def _fold(starts: Array, sizes: Array, group: int, step: object, initial: Array) -> Array:

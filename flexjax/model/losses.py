@@ -12,7 +12,9 @@ CHUNK_LOGITS = 2**22  # logits alive at once, B * (T / chunks) * V
 
 
 def _token_losses(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[Array, tuple[Array, Array]]:
-    logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # as a matrix: see `kernels.project`
+    logits = jnp.dot(rows, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = logits.reshape(*hidden.shape[:-1], kernel.shape[1])
     log_z = jax.nn.logsumexp(logits, axis=-1)
     cross_entropy = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     z = jnp.square(log_z)

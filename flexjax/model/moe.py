@@ -19,7 +19,7 @@ Ffn = dict[str, Array]  # gate, up [E, D, F] and down [E, F, D]
 
 def swiglu(x: Float[Array, "... D"], gate: Array, up: Array, down: Array) -> Float[Array, "... D"]:
     """One expert: down(silu(gate x) * (up x)). Gate and up stay separate: splitting a fused product costs a copy."""
-    return jnp.dot(jax.nn.silu(jnp.dot(x, gate)) * jnp.dot(x, up), down)
+    return kernels.project(jax.nn.silu(kernels.project(x, gate)) * kernels.project(x, up), down)
 
 
 def dense(

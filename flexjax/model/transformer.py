@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
-from flexjax.model import attention, moe, router
+from flexjax.model import attention, kernels, moe, router
 
 Params = tree.Tree
 
@@ -209,10 +209,9 @@ def attention_block(
     """h + RMS(attention(h)); with a cache (keys and values so far, write position) the new ones are written into it."""
     B, T, _ = h.shape
     w = layer["attention"]
-    weights = {name: w[name].astype(h.dtype) for name in ("q", "k", "v", "o")}
-    q = attention.rms_norm(jnp.dot(h, weights["q"]), w["q_norm"], config.norm_eps)
-    k = attention.rms_norm(jnp.dot(h, weights["k"]), w["k_norm"], config.norm_eps)
-    v = jnp.dot(h, weights["v"]).reshape(B, T, config.num_kv_heads, config.head_dim)
+    q = attention.rms_norm(kernels.project(h, w["q"]), w["q_norm"], config.norm_eps)
+    k = attention.rms_norm(kernels.project(h, w["k"]), w["k_norm"], config.norm_eps)
+    v = kernels.project(h, w["v"]).reshape(B, T, config.num_kv_heads, config.head_dim)
     q = attention.rotate(q.reshape(B, T, config.num_heads, config.head_dim), *rotary)
     k = attention.rotate(k.reshape(B, T, config.num_kv_heads, config.head_dim), *rotary)
     if cache is not None:
@@ -220,7 +219,7 @@ def attention_block(
         k = jax.lax.dynamic_update_slice_in_dim(past.k, k.astype(past.k.dtype), position, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(past.v, v.astype(past.v.dtype), position, axis=1)
     out = attention.attend(q, k, v, mask).reshape(B, T, -1)
-    out = attention.rms_norm(jnp.dot(out, weights["o"]), layer["norms"]["attention"], config.norm_eps)
+    out = attention.rms_norm(kernels.project(out, w["o"]), layer["norms"]["attention"], config.norm_eps)
     return h + out, KeyValues(k, v)
 
 

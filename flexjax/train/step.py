@@ -137,7 +137,8 @@ def make_step(
         with jax.named_scope("optimizer"):
             norm = optax.global_norm(grads)
             rate = optimizer_lib.learning_rate(config, state.updates)
-            updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+            with jax.numpy_dtype_promotion("standard"):  # optax itself raises a float to an integer power
+                updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
             trainable = jax.tree.map(lambda p, u: p - rate * u, state.trainable, updates)
         jumps = (state.updates >= GUARD_WARMUP) & (norm > config.spike_factor * state.norm_mean)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & ~jumps

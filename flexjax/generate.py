@@ -1,0 +1,98 @@
+"""Continues a text with a model, with any of its experts switched on.
+
+    python -m flexjax.generate --model=DIR --prompt=TEXT [--experts=public,math] [--max_new_tokens=N] [--temperature=T]
+        [--top_k=K] [--top_p=P] [--seed=N] [--json]
+
+The prompt and its continuation stream to stdout. With --json the last line there is one object, and logs go to stderr.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from flexjax import command, errors
+from flexjax.data import tokenizer as tokenizer_lib
+from flexjax.experts import store
+from flexjax.inference import decode
+
+MODEL = flags.DEFINE_string("model", None, "A merged model or an anchor.")
+PROMPT = flags.DEFINE_string("prompt", None, "The text to continue; may be empty.")
+EXPERTS = flags.DEFINE_list("experts", None, "Experts that are switched on; default all.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Longest continuation.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 always takes the most probable token.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among this many tokens; 0: all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens whose probabilities reach this sum.")
+SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, last on stdout.")
+
+
+def main(argv: list[str]) -> None:
+    """Streams one continuation."""
+    if argv:
+        raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --model=DIR --prompt=TEXT")
+    if not MODEL.value or PROMPT.value is None:
+        raise errors.ConfigError("generate needs --model=DIR and --prompt=TEXT")
+    anchor, architecture, params = store.load_any(MODEL.value)
+    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
+    request = decode.Request(
+        prompt=tokenizer.encode(_text(PROMPT.value)).tolist(),
+        experts=None if EXPERTS.value is None else tuple(EXPERTS.value),
+        temperature=TEMPERATURE.value,
+        top_k=TOP_K.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+    )
+    decode.check(request, architecture, MAX_NEW_TOKENS.value)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    decoder = decode.Decoder(params, architecture, tokenizer.eos_id, tokenizer.vocab_size, dtype)
+    del params  # the decoder has its own layout
+    started = time.monotonic()
+    ids: list[int] = []
+    pieces = []
+    _show(PROMPT.value)
+    for piece in tokenizer.stream(_recorded(decoder.stream(request, MAX_NEW_TOKENS.value), ids)):
+        pieces.append(piece)
+        _show(piece)
+    _show("\n")
+    seconds = time.monotonic() - started
+    print(f"{len(ids)} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    if JSON.value:
+        result = {
+            "model": MODEL.value,
+            "experts": list(architecture.experts if request.experts is None else request.experts),
+            "prompt": PROMPT.value,
+            "text": "".join(pieces),
+            "tokens": len(ids),
+            "ended": len(ids) < MAX_NEW_TOKENS.value,
+            "seconds": round(seconds, 3),
+        }
+        _show(json.dumps(result) + "\n")
+
+
+def _recorded(ids: Iterator[int], record: list[int]) -> Iterator[int]:
+    for token in ids:
+        record.append(token)
+        yield token
+
+
+def _text(argument: str) -> str:
+    """The prompt, if the shell passed UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise errors.ConfigError("--prompt is not UTF-8; convert the text first") from None
+    return argument
+
+
+def _show(text: str) -> None:
+    sys.stdout.buffer.write(text.encode())  # UTF-8 whatever the locale says
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    command.run(main)
