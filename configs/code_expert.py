@@ -12,6 +12,5 @@ def get_config(variant: str = "quickstart") -> config_lib.Config:
     config = presets.base(variant)
     config.phase = "expert"
     config.expert.name = "code"
-    config.train = presets.expert_training(variant, "code")
-    config.evaluation.domains = ("public", "code")
+    config.train = presets.expert_training(variant)
     return config

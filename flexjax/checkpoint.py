@@ -1,16 +1,20 @@
 """Training checkpoints: asynchronous, atomic, verified.
 
     checkpoints/<step>/state/...      arrays, written by Orbax without packing or compression
-    checkpoints/<step>/commit.json    facts, shapes and dtypes, and the SHA-256 of every file
+    checkpoints/<step>/commit.json    facts, shapes and dtypes, the SHA-256 of every file, and its own
 
 A step is written under another name and renamed when `commit.json` is on disk: that rename is the commit. Whatever has no
 commit.json is never restored; what this module left half-done is swept at the start. The only room that imports Orbax.
 """
 
+import json
 import os
+import re
 import shutil
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,7 +22,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from flexjax import errors, tree, workdir
+from flexjax import errors, tree
 
 COMMIT = "commit.json"
 PENDING = "writing-"
@@ -43,8 +47,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending by number, never by time."""
-        found = [entry for entry in self.directory.iterdir() if entry.name.isdigit()]
-        return sorted(int(entry.name) for entry in found if (entry / COMMIT).exists())
+        return sorted(int(entry.name) for entry in self._step_directories() if (entry / COMMIT).exists())
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Starts to write a step and returns as soon as its arrays are copied; waits for the previous write first.
@@ -111,16 +114,28 @@ class Checkpoints:
         """Raises IntegrityError, naming the file, if a committed step is not as it was written."""
         self._verify(self.directory / str(step), self._commit(step)["files"])
 
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Renames committed steps that turned out to be damaged; they are steps no more, and nobody deletes them."""
+        for step in steps:
+            self._rename_away(step, "damaged")
+
+    def _rename_away(self, step: int, reason: str) -> None:
+        (self.directory / str(step)).rename(self.directory / f"{reason}-{step}-{time.time_ns()}")
+
+    def _step_directories(self) -> list[epath.Path]:
+        return [entry for entry in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", entry.name)]
+
     def _finish(self, step: int, pending: epath.Path, response: Any, arrays: Any, facts: dict[str, Any]) -> None:
         try:
             response.result()
             files = {name: tree.sha256((pending / name).read_bytes()) for name in sorted(_files(pending))}
-            workdir.write_json(pending / COMMIT, {"step": step, "facts": facts, "arrays": arrays, "files": files})
+            commit = _sealed({"step": step, "facts": facts, "arrays": arrays, "files": files})
+            (pending / COMMIT).write_bytes(tree.canonical_json(commit))
             for name in [*files, COMMIT]:
                 _sync(pending / name)
             target = self.directory / str(step)
             if target.exists():  # without a commit.json, as `save` saw: not ours to delete
-                target.rename(self.directory / f"uncommitted-{step}-{os.getpid()}")
+                self._rename_away(step, "uncommitted")
             pending.rename(target)
             _sync(self.directory)
             for old in self.steps()[: -self.keep]:
@@ -135,10 +150,14 @@ class Checkpoints:
 
     def _commit(self, step: int) -> dict[str, Any]:
         home = self.directory / str(step)
-        commit = workdir.read_json(home / COMMIT)
-        if not isinstance(commit, dict) or set(commit) != {"step", "facts", "arrays", "files"} or commit["step"] != step:
-            raise errors.IntegrityError(f"{home / COMMIT} is damaged; remove {home} to use an older step")
-        return commit
+        try:
+            data = (home / COMMIT).read_bytes()
+            commit = json.loads(data)
+            if data == tree.canonical_json(_sealed(commit)) and commit["step"] == step:
+                return commit
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            pass
+        raise errors.IntegrityError(f"{home / COMMIT} is damaged; pass --fall_back to use the next older step")
 
     def _verify(self, home: epath.Path, files: dict[str, str]) -> None:
         found = _files(home) - {COMMIT}
@@ -154,7 +173,7 @@ class Checkpoints:
             if entry.name.startswith((PENDING, DISCARDED)):
                 entry.rmtree()
         committed = self.steps()
-        stray = [entry for entry in self.directory.iterdir() if entry.name.isdigit() and int(entry.name) not in committed]
+        stray = [entry for entry in self._step_directories() if int(entry.name) not in committed]
         for entry in stray:
             print(f"warning: {entry} was never committed and is ignored", file=sys.stderr)
         if not committed and any(any(entry.iterdir()) for entry in stray if entry.is_dir()):
@@ -175,6 +194,12 @@ def describe(state: Any) -> dict[str, str]:
     """{path: "dtype[shape]"} of every array of a state."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _sealed(commit: dict[str, Any]) -> dict[str, Any]:
+    """The same with the digest of all but the digest."""
+    content = {key: value for key, value in commit.items() if key != "digest"}
+    return {**content, "digest": tree.sha256(tree.canonical_json(content))}
 
 
 def size(state: Any) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,63 +15,85 @@ from flexjax import errors
 
 BROKEN_PIPE = 141
 INTERRUPTED = 130
+HELP = {"--help", "-help", "-h"}
 
 
-def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> NoReturn:
-    """Parses flags, calls `main(positional arguments)`, and exits.
+def run(main: Callable[[list[str]], Any]) -> NoReturn:
+    """Parses the command line, calls `main(positional arguments)`, and exits.
 
     A `FlexjaxError` becomes one line on stderr and its exit code; a flag or config that cannot be loaded is exit code 2.
     Any other exception is a bug of ours and keeps its traceback.
     """
     logging.set_verbosity(logging.ERROR)
+    code = 0
     try:
-        positional = _parse(sys.argv if argv is None else argv)
-        main(positional)
+        if HELP.isdisjoint(sys.argv[1:]):
+            main(_parse(sys.argv))
+        else:
+            print(f"{(sys.modules[main.__module__].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
         sys.stdout.flush()
-        code = 0
     except errors.FlexjaxError as error:
         code = error.exit_code
         label = "stopped" if isinstance(error, errors.Preempted) else "error"
         print(f"{label}: {' '.join(str(error).split())}", file=sys.stderr)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
     except KeyboardInterrupt:
-        print("stopped: interrupted; start the same command again to continue from the last checkpoint", file=sys.stderr)
+        print("stopped: interrupted; start the same command again to continue", file=sys.stderr)
         code = INTERRUPTED
     except OSError as error:
         code = errors.StorageError.exit_code
         print(f"error: {error.filename or 'storage'}: {error.strerror or error}; check space and permissions", file=sys.stderr)
-    except SystemExit:
-        raise
-    except Exception:
-        traceback.print_exc()
-        code = errors.FlexjaxError.exit_code
+    except ImportError as error:
+        if "fsspec" not in str(traceback.extract_tb(error.__traceback__)[-1].filename):
+            raise
+        code = errors.StorageError.exit_code
+        print(
+            f"error: this kind of path needs another package ({error}); for gs:// run: pip install -e '.[gcs]'", file=sys.stderr
+        )
+    _close_stdout()
     sys.exit(code)
+
+
+def _close_stdout() -> None:
+    """Lets nobody hear of a pipe or disk that took no more; the exit code says it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: list[str]) -> list[str]:
     for argument in argv[1:]:
-        name = argument.lstrip("-").split("=", 1)[0]
+        name, _, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name.startswith("config."):
             config_lib.check_field(name.removeprefix("config."))
+        if argument.startswith("-") and name == "config" and not os.path.isfile(path := value.partition(":")[0]):
+            raise errors.ConfigError(f"--config={path}: there is no such file; for instance --config=configs/math_expert.py")
     try:
         return list(flags.FLAGS(argv))[1:]
     except errors.FlexjaxError:
         raise
+    except flags.UnrecognizedFlagError as error:
+        raise errors.ConfigError(f"unknown flag --{error.flagname}; {_suggestion(error.flagname)}") from None
     except flags.Error as error:
-        first = str(error).strip().splitlines()[0]
-        raise errors.ConfigError(f"{first}; {_suggestion(first)}") from None
+        raise errors.ConfigError(f"{_reason(str(error))}; see --help") from None
     except Exception as error:  # a config file runs the user's own code, which may fail in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise errors.ConfigError(f"the config cannot be loaded ({reason}); check the file named by --config") from None
 
 
-def _suggestion(message: str) -> str:
-    known = [name for name in flags.FLAGS if not name.startswith("config.")]
-    words = message.replace("'", " ").replace("--", " ").split()
-    for word in words:
-        close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-        if close and close[0] != word:
-            return f"did you mean --{close[0]}?"
-    return "see --help"
+def _reason(message: str) -> str:
+    """What absl says of a value in one line; of a config file that failed, the last line of its traceback."""
+    lines = message.strip().splitlines()
+    if value := re.match(r"flag --config\.([\w.]+)=(.*?): ", lines[0]):
+        expected = config_lib.check_field(value[1]).__name__
+        return f"config.{value[1]} is '{value[2]}', expected a value of type {expected}"
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+
+
+def _suggestion(name: str) -> str:
+    known = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+    known += [f"config.{path}" for path in config_lib.classes()] if "config" in known else []
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"did you mean --{close[0]}?" if close else "see --help"

@@ -12,6 +12,8 @@ is resumed from a checkpoint:
 
 import dataclasses
 import difflib
+import math
+import re
 from typing import Any
 
 from flexjax import errors
@@ -104,7 +106,7 @@ class DataConfig:
 class TrainConfig:
     """One training run: what is trainable, for how long, and how."""
 
-    trainable: str = identity(".*")  # full match on the parameter path
+    trainable: str = identity(".*")  # full match on the parameter path; {expert} is the expert's name
     steps: int = schedule(400)
     batch_size: int = identity(16)  # sequences per step, all devices together
     accumulation: int = identity(1)  # micro-batches per step
@@ -166,7 +168,7 @@ class MixtureConfig:
 class EvaluationConfig:
     """What the final table scores."""
 
-    domains: tuple[str, ...] = operations((PUBLIC, "math"))
+    domains: tuple[str, ...] = operations((PUBLIC, "{expert}"))
     max_kilobytes: int = operations(256)  # of validation text per domain; 0: all
     batch_size: int = operations(16)
 
@@ -186,17 +188,52 @@ class Config:
     evaluation: EvaluationConfig = nested(EvaluationConfig)
 
 
-def check_field(path: str) -> None:
-    """Raises ConfigError, with the nearest existing name, if `path` ("train.steps") is no field of `Config`."""
+def resolve(config: Config) -> None:
+    """Fills the expert's name in where a config says `{expert}`."""
+    name = config.expert.name
+    config.train.trainable = config.train.trainable.replace("{expert}", re.escape(name))
+    config.evaluation.domains = tuple(domain.replace("{expert}", name) for domain in config.evaluation.domains)
+
+
+def check_field(path: str) -> Any:
+    """Returns the type of a field ("train.steps").
+
+    Raises:
+      ConfigError: `path` is no field of `Config`; the message has the nearest name, or all there are.
+    """
     kind: Any = Config
-    known = ""
+    known = "config"
     for part in path.split("."):
-        names = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        if not dataclasses.is_dataclass(kind):
+            raise errors.ConfigError(f"config.{path} does not exist; {known} is a value")
+        names = {field.name: field.type for field in dataclasses.fields(kind)}
         if part not in names:
-            near = difflib.get_close_matches(part, names, n=1, cutoff=0)
-            hint = f"did you mean config.{known}{near[0]}?" if near else f"config.{known.rstrip('.')} is a value"
+            near = difflib.get_close_matches(part, names, n=1)
+            hint = f"did you mean {known}.{near[0]}?" if near else f"{known} has {', '.join(names)}"
             raise errors.ConfigError(f"config.{path} does not exist; {hint}")
-        kind, known = names[part].type, f"{known}{part}."
+        kind, known = names[part], f"{known}.{part}"
+    if dataclasses.is_dataclass(kind):
+        first = dataclasses.fields(kind)[0].name
+        raise errors.ConfigError(f"{known} is a group of settings; set one of them, for instance {known}.{first}")
+    return kind
+
+
+def check_types(config: Any, where: str = "config") -> None:
+    """Raises ConfigError for the first value that is not of its field's type; a config file may set anything."""
+    for field in dataclasses.fields(config):
+        value, kind, path = getattr(config, field.name), field.type, f"{where}.{field.name}"
+        if dataclasses.is_dataclass(kind):
+            fits = type(value) is kind
+        elif kind == tuple[str, ...]:
+            fits = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        else:
+            fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is float and not math.isfinite(value)):
+            expected = "finite float" if kind is float else getattr(kind, "__name__", kind)
+            expected = "tuple of strings" if kind == tuple[str, ...] else expected
+            raise errors.ConfigError(f"{path} is {value!r:.80}, expected a {expected}; correct the config file or the flag")
+        if dataclasses.is_dataclass(kind):
+            check_types(value, path)
 
 
 def classes(kind: Any = Config, prefix: str = "") -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from flexjax import command, errors
-from flexjax.experts import huggingface_export, huggingface_import
+from flexjax.experts.huggingface import exporting, importing
 
 _FROM = flags.DEFINE_string("from", None, "Directory to convert.")
 _TO = flags.DEFINE_string("to", None, "New directory to write.")
@@ -31,11 +31,11 @@ def main(arguments: list[str]) -> None:
     if arguments[0] == "import":
         if _BIAS.value is not None or _SAMPLE.value is not None:
             raise errors.ConfigError("--bias and --sample belong to export; leave them out")
-        report = huggingface_import.import_folder(_FROM.value, _TO.value, _NAMES.value)
+        report = importing.import_folder(_FROM.value, _TO.value, _NAMES.value)
     else:
         if _NAMES.value is not None:
             raise errors.ConfigError("--names belongs to import; leave it out")
-        report = huggingface_export.export_folder(_FROM.value, _TO.value, _BIAS.value, _SAMPLE.value)
+        report = exporting.export_folder(_FROM.value, _TO.value, _BIAS.value, _SAMPLE.value)
     print(json.dumps(report) if _JSON.value else _sentence(report))
 
 

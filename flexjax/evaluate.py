@@ -1,6 +1,6 @@
 """Scores a model on texts: bits per byte and routing shares, with any of its experts switched on.
 
-    python -m flexjax.evaluate --model=DIR --data=NAME=PATH[,NAME=PATH...] [--experts=public,math] [--json]
+python -m flexjax.evaluate --model=DIR --data=NAME=PATH[,NAME=PATH...] [--experts=public,math] [--json]
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from flexjax.experts import store
 MODEL = flags.DEFINE_string("model", None, "A merged model or an anchor.")
 DATA = flags.DEFINE_list("data", [], "NAME=PATH of JSONL or token files, globs allowed; several, separated by commas.")
 EXPERTS = flags.DEFINE_list("experts", None, "Experts that are switched on; default all.")
-SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Window in tokens; default what the anchor was trained with.")
+SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Window in tokens; default what the anchor was trained with.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Windows at once.", lower_bound=1)
 MAX_KILOBYTES = flags.DEFINE_integer("max_kilobytes", 0, "Score at most this much of each text; 0: all.", lower_bound=0)
 TOP_K = flags.DEFINE_integer("top_k", None, "Experts per token; default what the model was merged with.")

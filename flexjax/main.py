@@ -6,6 +6,7 @@ python -m flexjax.main --config=configs/math_expert.py[:variant] [--workdir=DIR]
 import json
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -14,7 +15,7 @@ from ml_collections import config_flags
 from flexjax import command, errors, report, stages, workdir
 from flexjax import config as config_lib
 from flexjax.data import sources
-from flexjax.experts import store
+from flexjax.experts import manifest, store
 from flexjax.train import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The job: configs/NAME.py[:variant].")
@@ -28,15 +29,36 @@ def main(argv: list[str]) -> None:
     """Runs all stages of the job in its directory."""
     if argv:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --config=configs/math_expert.py")
-    config = CONFIG.value
-    if config is None:
+    if CONFIG.value is None:
         raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
-    if not isinstance(config, config_lib.Config):
-        raise errors.ConfigError(f"get_config() must return a flexjax.config.Config, got {type(config).__name__}")
-    directory = workdir.create(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    config = check(CONFIG.value, file)
+    directory = workdir.create(WORKDIR.value or default_workdir(file))
     options = loop.Options(FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
     with workdir.lock(directory):
         run(config, directory, options)
+
+
+def check(config: Any, file: str) -> config_lib.Config:
+    """Returns a config, resolved, if a run can begin with it; what needs the data or the model is checked there.
+
+    Raises:
+      ConfigError: it is no config, a value has the wrong type, or phase and names do not go together.
+    """
+    if not isinstance(config, config_lib.Config):
+        raise errors.ConfigError(f"--config={file}: get_config() must return a flexjax.config.Config; see configs/public.py")
+    config_lib.check_types(config)
+    config_lib.resolve(config)
+    if config.phase not in PHASES:
+        raise errors.ConfigError(f"config.phase is '{config.phase}', expected one of {', '.join(PHASES)}")
+    names = {"expert": (config.expert.name,), "joint": config.mixture.experts}.get(config.phase, ())
+    for name in names:
+        manifest.check_name(name)
+    if config.phase == "joint" and not 0 < len(set(names)) == len(names):
+        raise errors.ConfigError(f"config.mixture.experts is {names}, expected at least one name, and each once")
+    if config.phase == "router" and not config.mixture.model_path:
+        raise errors.ConfigError("router tuning starts from a merged model; pass --config.mixture.model_path=DIR")
+    return config
 
 
 def default_workdir(config_file: str) -> str:
@@ -47,10 +69,7 @@ def default_workdir(config_file: str) -> str:
 
 def run(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
     """Runs a job in a directory that this process holds, and reports."""
-    phases = {"public": _public, "expert": _expert, "joint": _joint, "router": _router}
-    if config.phase not in phases:
-        raise errors.ConfigError(f"phase is '{config.phase}', expected one of {', '.join(phases)}")
-    anchor, model, corpora, runs = phases[config.phase](config, directory, options)
+    anchor, model, corpora, runs = PHASES[config.phase](config, directory, options)
     result = stages.evaluation_stage(config, anchor, model, corpora, directory)
     report.picture(directory / "report.png", runs, result.before, result.after)
     print(report.table(result.before, result.after))
@@ -83,8 +102,6 @@ def _joint(config: config_lib.Config, directory: epath.Path, options: loop.Optio
 
 
 def _router(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
-    if not config.mixture.model_path:
-        raise errors.ConfigError("router tuning starts from a merged model; pass --config.mixture.model_path=DIR")
     start = store.open_model(config.mixture.model_path)
     config.model = store.config_of(start.anchor)
     config.mixture.experts = tuple(start.bundles)
@@ -92,6 +109,9 @@ def _router(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     corpora = sources.Corpora(config, directory, store.tokenizer_path(start.anchor), stages.say)
     model = stages.router_stage(config, start, corpora, directory, options)
     return start.anchor, model, corpora, {"router tuning": directory}
+
+
+PHASES = {"public": _public, "expert": _expert, "joint": _joint, "router": _router}
 
 
 def _beside_anchor(

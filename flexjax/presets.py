@@ -9,7 +9,6 @@ from flexjax import config as config_lib
 from flexjax import errors
 
 VARIANTS = ("quickstart", "mini", "7b")
-EXPERT_OF_BANK = "experts/{name}/.*"
 
 
 def base(variant: str) -> config_lib.Config:
@@ -52,9 +51,9 @@ def public_training(variant: str) -> config_lib.TrainConfig:
     return config_lib.TrainConfig(steps=steps, batch_size=batch_size, learning_rate=4e-3, warmup_steps=50)
 
 
-def expert_training(variant: str, name: str) -> config_lib.TrainConfig:
+def expert_training(variant: str) -> config_lib.TrainConfig:
     """One expert: its FFN, router row and bias; everything else is frozen (FlexOlmo, section 3.2)."""
-    trainable = EXPERT_OF_BANK.format(name=name)
+    trainable = "experts/{expert}/.*"
     if variant == "7b":
         return _large(steps=12_000, weight_decay=0.0, trainable=trainable, router_z_loss=1e-3, frozen_dtype="bfloat16")
     steps = {"quickstart": 300, "mini": 400}[variant]

@@ -300,7 +300,8 @@ def evaluation_stage(
     saved = workdir.read_json(directory / "evaluation.json")
     if saved is not None and saved["key"] == key:
         say("evaluation: finished, skipped")
-        return Comparison(*[{d: bits_per_byte.Score(**s) for d, s in saved[side].items()} for side in ("before", "after")])
+        kept = [{d: bits_per_byte.Score(**saved[side][d]) for d in texts if saved[side]} for side in ("before", "after")]
+        return Comparison(*kept)
 
     def score(architecture: transformer.Architecture, params: tree.Tree) -> dict[str, bits_per_byte.Score]:
         scorer = bits_per_byte.Scorer(

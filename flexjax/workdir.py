@@ -88,5 +88,5 @@ def need_space(directory: epath.Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise errors.StorageError(
-            f"{directory} has {free / 2**20:.0f} MiB free, {purpose} need {needed / 2**20:.0f} MiB; free space or move --workdir"
+            f"{directory} has {free / 2**20:.0f} MiB free, {purpose} need {needed / 2**20:.0f}; make room or move --workdir"
         )

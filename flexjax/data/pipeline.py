@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -101,7 +101,7 @@ class Pipeline:
         batch["source"] = np.array([index for _, index in windows], np.int32)
         return batch
 
-    def iterate(self, start_step: int = 0, rows: Rows = None) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0, rows: Rows = None) -> Generator[Batch]:
         """Yields the batches from a step on, for ever; up to `prefetch` are made ahead in a thread.
 
         The thread ends when the iterator is closed (`contextlib.closing`) or forgotten.

@@ -38,7 +38,7 @@ def report(anchor: store.Artefact, bundles: Sequence[store.Artefact], top_k: int
         rows.append(Row(name, "name", "unique", "unique" if unique else f"also {taken}", unique, "give each expert once"))
     fits = 1 <= top_k <= len(bundles) + 1
     limit = f"1 to {len(bundles) + 1}"
-    rows.append(Row("all", "top_k", limit, str(top_k), fits, f"pass --top_k={len(bundles) + 1} or less"))
+    rows.append(Row("", "top_k", limit, str(top_k), fits, f"pass --top_k from {limit}"))
     return rows
 
 
@@ -56,4 +56,5 @@ def check(rows: Sequence[Row]) -> None:
     for row in rows:
         if not row.ok:
             kind = errors.ConfigError if row.field in ("top_k", "name") else errors.IntegrityError
-            raise kind(f"expert {row.expert}: {row.field} expected {row.expected}, found {row.found}; {row.advice}")
+            whose = f"expert '{row.expert}': " if row.expert else ""
+            raise kind(f"{whose}{row.field} expected {row.expected}, found {row.found}; {row.advice}")

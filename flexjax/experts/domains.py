@@ -3,7 +3,7 @@
 The method belongs to the anchor, so that the rows of owners who never meet live in one space:
 
 - `logistic`  per layer, the logistic regression "mine against public" on the anchor's residual states; the public row is 0,
-              so a row's logit is the log-odds of its domain. The default: see `docs/recipe.md` for the evidence.
+              so a row's logit is the log-odds of its domain.
 - `mean`      the mean residual state, as in the paper (FlexOlmo, section 3.3), and its control.
 - `text`      mean TF-IDF vector of the documents, projected as fitted on public text; the same vector in all layers.
 - `random`    a random direction, the control.

@@ -1,8 +1,8 @@
 """Matrix products: the plain one, and the grouped one, which depends on the platform a program is compiled for.
 
-Grouped: rows of `x` that belong to group g lie together, from `starts[g]` on, `sizes[g]` of them; groups may be empty, and rows that
-belong to no group give zeros. On CPU a group is worked off in blocks of rows with the group's weights held in place, so
-the cost follows the rows that exist: nothing is dropped, nothing is padded, no weight is copied. Elsewhere it is
+Grouped: rows of `x` that belong to group g lie together, from `starts[g]` on, `sizes[g]` of them; groups may be empty, and
+rows that belong to no group give zeros. On CPU a group is worked off in blocks of rows with the group's weights held in
+place, so the cost follows the rows that exist: nothing is dropped, nothing is padded, no weight is copied. Elsewhere it is
 `jax.lax.ragged_dot`.
 """
 
@@ -16,7 +16,7 @@ BLOCK_ROWS = 128
 
 
 def project(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """x @ w in the dtype of `x`, through a matrix of all rows: on CPU a weight gradient that sums over two axes costs triple."""
+    """x @ w in the dtype of `x`, as one matrix: on CPU, a weight gradient over two axes takes three times as long."""
     return jnp.dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[1])
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -87,9 +88,8 @@ def train(
     def record(step: int, values: dict[str, Any]) -> None:
         """Reads the metrics of a finished step; called after the next one was dispatched."""
         if bool(values["skipped"]):
-            log.note(
-                f"warning: step {step} skipped: loss {float(values['loss']):.4g}, gradient norm {float(values['gradient_norm']):.4g}"
-            )
+            loss, norm = float(values["loss"]), float(values["gradient_norm"])
+            log.note(f"warning: step {step} skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
         if int(values["bad_steps"]) >= settings.max_bad_steps:
             raise errors.NumericError(
                 f"{directory}: {settings.max_bad_steps} steps in a row gave no usable gradient, the last was {step}; "
@@ -110,6 +110,8 @@ def train(
                     record(*previous)
                 previous = (step, values)
                 if stop.requested or step % settings.save_every == 0 or step == settings.steps:
+                    record(step, values)  # no kill after the commit loses the row; saving waits for the step anyway
+                    previous = None
                     checkpoints.save(step, state, facts)
                 if stop.requested:
                     break
@@ -131,12 +133,18 @@ def train(
 
 def _check(settings: config_lib.TrainConfig, architecture: transformer.Architecture) -> None:
     transformer.check(architecture)
-    if settings.steps < 1 or settings.batch_size < 1:
-        raise errors.ConfigError(f"train.steps={settings.steps} and train.batch_size={settings.batch_size} must be positive")
-    if settings.accumulation < 1 or settings.batch_size % settings.accumulation:
+    for name in ("steps", "batch_size", "accumulation", "save_every", "keep", "log_every", "max_bad_steps"):
+        if getattr(settings, name) < 1:
+            raise errors.ConfigError(f"train.{name} is {getattr(settings, name)}, expected at least 1")
+    if settings.batch_size % settings.accumulation:
         raise errors.ConfigError(
             f"train.accumulation={settings.accumulation} must divide train.batch_size={settings.batch_size}"
         )
+    for name in ("trainable", "decayed"):
+        try:
+            re.compile(getattr(settings, name))
+        except re.error as error:
+            raise errors.ConfigError(f"train.{name}='{getattr(settings, name)}' is not a regular expression: {error}") from None
     for name in ("compute_dtype", "frozen_dtype"):
         if getattr(settings, name) not in ("float32", "bfloat16"):
             raise errors.ConfigError(f"train.{name} is '{getattr(settings, name)}', expected 'float32' or 'bfloat16'")
@@ -155,17 +163,22 @@ def _model_inputs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _resume(checkpoints: checkpoint_lib.Checkpoints, state: Any, facts: dict[str, Any], options: Options) -> Any:
     """The newest committed state, or the given one if there is none."""
+    damaged = []
     for step in reversed(checkpoints.steps()):
         try:
             saved = checkpoints.facts(step)
             check_config(saved["config"], facts["config"], options)
             pipeline_lib.check_identity(saved["data"], facts["data"])
-            return checkpoints.restore(step, state)
+            restored = checkpoints.restore(step, state)
         except errors.IntegrityError as error:
             if not options.fall_back:
                 raise
             print(f"warning: {error}; step {step} is passed over", file=sys.stderr)
-    if options.fall_back and checkpoints.steps():
+            damaged.append(step)
+        else:
+            checkpoints.set_aside(damaged)  # or the run would find them again where it is about to write
+            return restored
+    if damaged:
         raise errors.IntegrityError(f"{checkpoints.directory}: no committed step is intact; remove them to begin from scratch")
     return state
 

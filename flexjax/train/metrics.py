@@ -1,6 +1,8 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, and one moving line for whoever watches."""
 
+import contextlib
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -8,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tqdm
 from etils import epath
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from flexjax import errors
 
@@ -61,10 +64,12 @@ class Log:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops()
         kept = [row for row in read(self.path) if row["step"] <= start]
+        partial = directory / ".metrics.jsonl.partial"
         try:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.path)
             self._file = open(self.path, "a")  # noqa: SIM115  closed by `close`
-            self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), write_to_disk=True, purge_step=start)
+            self._board = _Board(directory / "tensorboard", start)
         except OSError as error:
             raise errors.StorageError(f"cannot write {self.path}: {error.strerror or error}") from None
         self._bar = tqdm.tqdm(total=steps, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty())
@@ -87,9 +92,9 @@ class Log:
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+            self._board.write(step, scalars(row, experts))
         except OSError as error:
-            raise errors.StorageError(f"cannot write {self.path}: {error.strerror or error}") from None
-        self._to_board(step, row, experts)
+            raise errors.StorageError(f"cannot write {self.path} or tensorboard: {error.strerror or error}") from None
         self._show(row, now)
         return row
 
@@ -98,21 +103,11 @@ class Log:
         self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Flushes and closes all files."""
+        """Closes all files; every row is on disk since it was written."""
         self._bar.close()
-        self._file.close()
-        self._board.close()
-
-    def _to_board(self, step: int, row: dict[str, Any], experts: tuple[str, ...]) -> None:
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
-            elif name == "share":
-                for layer, shares in enumerate(value):
-                    for expert, share in zip(experts, shares, strict=True):
-                        self._board.add_scalar(f"share/{expert}/layer{layer:02d}", share, step)
-            elif name in ("entropy", "bias"):
-                self._board.add_scalar(name, float(np.mean(value)), step)
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):  # what a full disk refused was reported when it was written
+                file.close()
 
     def _show(self, row: dict[str, Any], now: float) -> None:
         speed = row.get("tokens_per_second")
@@ -123,6 +118,45 @@ class Log:
             self._spoken = now
             pace = f"  {speed:,.0f} tokens/s  MFU {row['mfu']:.0%}  ETA {row['eta_seconds']:.0f} s" if speed else ""
             print(f"{self.title}  step {row['step']}/{self.steps}  loss {row['loss']:.4f}{pace}", file=sys.stderr, flush=True)
+
+
+class _Board:
+    """TensorBoard events, written at once: the library's own thread dies of a full disk, and the run would wait for it.
+
+    Points after `start` are of a run that was cut off; the session's first event makes TensorBoard drop them.
+    """
+
+    def __init__(self, directory: epath.Path, start: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events = event_file_writer.EventsWriter(str(directory / "events"), f".{os.getpid()}.{start}")
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=session))
+        self._events.flush()
+
+    def write(self, step: int, points: dict[str, float]) -> None:
+        now = time.time()
+        for tag, value in points.items():
+            self._events.write_event(event_pb2.Event(wall_time=now, step=step, summary=summary.scalar(tag, value)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def scalars(row: dict[str, Any], experts: tuple[str, ...]) -> dict[str, float]:
+    """A row as TensorBoard's scalars: [L] and [L, E] values become one curve per layer, or per expert and layer."""
+    points: dict[str, float] = {}
+    for name, value in row.items():
+        if not isinstance(value, list):
+            points[name] = value
+            continue
+        for layer, of_layer in enumerate(value):
+            if not isinstance(of_layer, list):
+                points[f"{name}/layer{layer:02d}"] = of_layer
+                continue
+            for expert, number in zip(experts, of_layer, strict=True):
+                points[f"{name}/{expert}/layer{layer:02d}"] = number
+    return points
 
 
 def read(path: epath.Path) -> list[dict[str, Any]]:

@@ -97,8 +97,16 @@ def batch_loss(
             "load_balance": balance,
             "share": jnp.einsum("LBE,B->LE", routing.share, share),
             "entropy": jnp.einsum("LB,B->L", routing.entropy, share),
+            "bias": biases(params, architecture),
         }
     return loss, metrics | {"loss": loss}
+
+
+def biases(params: tree.Tree, architecture: transformer.Architecture) -> Float[Array, "L E"]:
+    """Effective router biases in canonical order, 0 where a bank has none."""
+    routers = [params["experts"][bank.name]["router"] for bank in architecture.banks]
+    laid = [leaves.get("bias", jnp.zeros(leaves["row"].shape[:2], jnp.float32)) for leaves in routers]
+    return jnp.concatenate(laid, axis=1)[:, jnp.array(router.positions(architecture.banks))]
 
 
 def make_step(
@@ -135,7 +143,7 @@ def make_step(
         compute_gradient = gradient if config.accumulation == 1 else accumulated
         grads, metrics = compute_gradient(state.trainable, frozen, batch)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             rate = optimizer_lib.learning_rate(config, state.updates)
             with jax.numpy_dtype_promotion("standard"):  # optax itself raises a float to an integer power
                 updates, moments = optimizer.update(grads, state.optimizer, state.trainable)

@@ -12,6 +12,7 @@ import pytest
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.model import attention, transformer
+from tests.model import noise
 
 TINY = config_lib.ModelConfig(
     vocab_size=29, d_model=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, d_ff=10, init_std=0.3
@@ -29,10 +30,8 @@ TOKENS = np.random.default_rng(0).integers(29, size=(2, 9))
 
 
 @functools.cache
-def params_of(architecture_name):
-    params = transformer.init(ARCHITECTURES[architecture_name], seed=1)
-    flat = tree.flatten(params)
-    return tree.unflatten({path: leaf - 0.1 if path.endswith("bias") else leaf for path, leaf in flat.items()})
+def params_of(name):
+    return noise.params(ARCHITECTURES[name], seed=1)
 
 
 @functools.cache
@@ -69,7 +68,7 @@ def test_scan_and_remat_change_nothing(name):
 
 @pytest.mark.parametrize("name", ["dense", "pair", "merged"])
 def test_outputs_are_complete_and_scan_agrees(name):
-    architecture, params = ARCHITECTURES[name], params_of(name)
+    params = params_of(name)
     unrolled = compiled(name)(params, TOKENS)
     scanned = compiled(name, transformer.Compute(scan=True))(params, TOKENS)
     assert unrolled.hidden.shape == (2, 9, 12) and unrolled.states is None
@@ -121,7 +120,7 @@ def test_kept_states_are_what_the_routers_read():
     layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     rotary = attention.rotary(jnp.tile(jnp.arange(9)[None], (2, 1)), 6, TINY.rope_theta)
     first, _ = transformer.attention_block(
-        params["embed"]["embedding"][TOKENS], layer, TINY, rotary, attention.causal_mask(9, None)
+        jnp.asarray(params["embed"]["embedding"][TOKENS]), layer, TINY, rotary, attention.causal_mask(9, None)
     )
     np.testing.assert_allclose(output.states[0], first, rtol=1e-5, atol=1e-6)
 
@@ -135,9 +134,12 @@ def test_tied_head():
     np.testing.assert_allclose(transformer.logits(params, hidden), hidden @ params["embed"]["embedding"].T, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["dense", "merged"])
 def test_init_abstract_and_axes_describe_the_same_tree(name):
-    params, shapes = tree.flatten(params_of(name)), tree.flatten(transformer.abstract(ARCHITECTURES[name]))
+    params, shapes = (
+        tree.flatten(transformer.init(ARCHITECTURES[name], 0)),
+        tree.flatten(transformer.abstract(ARCHITECTURES[name])),
+    )
     axes = tree.flatten(transformer.logical_axes(ARCHITECTURES[name]))
     assert list(params) == list(shapes) == list(axes)
     for path, leaf in params.items():

@@ -1,8 +1,9 @@
 """What transformers itself says of small models. Runs in the second environment (python 3.11, torch, transformers) only:
 
-    .venv-torch/bin/python tests/parity/reference.py goldens tests/parity/goldens    # renew what the default tests compare with
-    .venv-torch/bin/python tests/parity/reference.py build DIR                       # DIR/<case>/ as transformers saves it, DIR/<case>.npz
-    .venv-torch/bin/python tests/parity/reference.py check REPORT FOLDER...          # load folders, write REPORT.npz and REPORT.json
+    .venv-torch/bin/python tests/parity/reference.py goldens tests/parity/goldens    # renew those of the default tests
+    .venv-torch/bin/python tests/parity/reference.py build DIR    # DIR/<case>/ as transformers saves it, DIR/<case>.npz
+    .venv-torch/bin/python tests/parity/reference.py resave FROM TO    # in bfloat16
+    .venv-torch/bin/python tests/parity/reference.py check REPORT FOLDER...    # load folders, write REPORT.npz and .json
 
 Renew the goldens when a case is added, or a release of transformers changes the model on purpose; never to make a
 failing comparison pass.
@@ -60,6 +61,8 @@ def build(name: str) -> transformers.PreTrainedModel:
                 noise = 1 + 0.2 * noise
             elif "embed_tokens" not in path:
                 noise = noise * leaf.shape[-1] ** -0.5
+            elif model.config.tie_word_embeddings:
+                noise = 0.2 * noise
             leaf.copy_(noise.to(torch.bfloat16).float())
     return model
 
@@ -167,6 +170,8 @@ if __name__ == "__main__":
             build_all(pathlib.Path(scratch), pathlib.Path(target))
     elif verb == "build":
         build_all(pathlib.Path(target), pathlib.Path(target))
+    elif verb == "resave":
+        transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).save_pretrained(sys.argv[3])
     elif verb == "check":
         check(target, sys.argv[3:])
     else:

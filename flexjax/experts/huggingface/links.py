@@ -7,8 +7,8 @@ import numpy as np
 
 from flexjax import config as config_lib
 from flexjax import errors
-from flexjax.experts import safetensors_io as io
 from flexjax.experts import store
+from flexjax.experts.huggingface import safetensors_io as io
 
 ROW, BIAS = "expert/router/row", "expert/router/bias"
 # Our path -> (name within Hugging Face's layer, whether it is stored transposed).

@@ -1,6 +1,6 @@
 """Hugging Face folders, OLMo-2 (dense) and FlexOlmo, to anchors and merged models, tensor by tensor.
 
-The table of `huggingface_links` is walked, so every tensor of both sides is accounted for once, or the import stops and
+The table of `links` is walked, so every tensor of both sides is accounted for once, or the import stops and
 names it. Bytes are copied or transposed, never cast.
 """
 
@@ -13,10 +13,11 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
-from flexjax.experts import huggingface_config, slices, store
-from flexjax.experts import huggingface_links as links
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import safetensors_io as io
+from flexjax.experts import slices, store
+from flexjax.experts.huggingface import config as huggingface_config
+from flexjax.experts.huggingface import links
+from flexjax.experts.huggingface import safetensors_io as io
 from flexjax.model import transformer
 
 

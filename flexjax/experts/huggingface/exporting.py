@@ -1,6 +1,6 @@
 """Anchors and merged models to Hugging Face folders, OLMo-2 (dense) and FlexOlmo, tensor by tensor.
 
-The table of `huggingface_links` is walked, so every tensor of both sides is accounted for once, or the export stops and
+The table of `links` is walked, so every tensor of both sides is accounted for once, or the export stops and
 names it. Bytes are copied or transposed, never cast, except for router rows into which biases are folded.
 """
 
@@ -15,9 +15,10 @@ from etils import epath
 from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.data import tokenizer as tokenizer_lib
-from flexjax.experts import biasless, huggingface_config, store
-from flexjax.experts import huggingface_links as links
-from flexjax.experts import safetensors_io as io
+from flexjax.experts import store
+from flexjax.experts.huggingface import biasless, links
+from flexjax.experts.huggingface import config as huggingface_config
+from flexjax.experts.huggingface import safetensors_io as io
 from flexjax.model import router
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

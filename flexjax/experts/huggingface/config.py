@@ -8,7 +8,7 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors
-from flexjax.experts import safetensors_io as io
+from flexjax.experts.huggingface import safetensors_io as io
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

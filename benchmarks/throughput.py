@@ -1,0 +1,112 @@
+"""How fast the quickstart model trains, and how fast its data could come: one JSON row a line.
+
+python -m benchmarks.throughput >> benchmarks/results/throughput.jsonl
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from flexjax import config as config_lib
+from flexjax import presets, tree
+from flexjax.data import sources
+from flexjax.experts import surgery
+from flexjax.model import router, transformer
+from flexjax.train import flops, metrics, optimizer, step
+
+REPEATS = 15
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and with what."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = jax.devices()[0].device_kind
+    return {
+        "commit": commit,
+        "device": f"{jax.device_count()} x {device}" if device != "cpu" else f"{os.cpu_count()} CPU cores",
+        "processor": platform.machine(),
+        "jax": jax.__version__,
+        "load": os.getloadavg()[0],
+    }
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Median wall seconds and median CPU seconds of a call, after two warm-up calls."""
+    walls, cpus = [], []
+    for _ in range(REPEATS + 2):
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        call()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        walls.append(time.perf_counter() - start)
+        cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return statistics.median(walls[2:]), statistics.median(cpus[2:])
+
+
+def training(phase: str, peak: float) -> dict[str, Any]:
+    """One training step of the quickstart on random tokens."""
+    config = presets.base("quickstart")
+    public = transformer.dense_banks(config.model)
+    if phase == "public":
+        architecture, settings = transformer.Architecture(config.model, public), config.anchor.train
+    else:
+        bank = config_lib.Bank("math", ("math",), config.model.d_ff)
+        architecture = surgery.architecture(config.model, (*public, bank), top_k=2)
+        settings = presets.expert_training("quickstart")
+        settings.trainable = "experts/math/.*"
+    params = router.free(transformer.init(architecture, 0), settings.trainable)
+    trainable, frozen = tree.partition(params, settings.trainable)
+    chain = optimizer.make(settings, trainable)
+    run = jax.jit(step.make_step(architecture, transformer.Compute(), settings, chain, phase == "public"), donate_argnums=0)
+    shape = (settings.batch_size, config.data.seq_len)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+    batch = {"tokens": ids, "targets": ids, "weights": np.ones(shape, np.float32), "segments": np.zeros(shape, np.int32)}
+    holder = [step.init_state(jax.tree.map(jnp.array, trainable), chain)]
+
+    def once() -> None:
+        holder[0], _ = run(holder[0], frozen, batch)
+        jax.block_until_ready(holder[0])
+
+    wall, cpu = timed(once)
+    cost = flops.per_token(architecture, trainable, config.data.seq_len).total
+    tokens = ids.size / wall
+    return {
+        "what": f"train/{phase}",
+        "ms": wall * 1e3,
+        "cpu_ms": cpu * 1e3,
+        "tokens_per_second": tokens,
+        "mfu": tokens * cost / peak,
+    }
+
+
+def pipeline() -> dict[str, Any]:
+    """The built-in public corpus through the prefetching iterator."""
+    config = presets.base("quickstart")
+    with tempfile.TemporaryDirectory() as directory:
+        corpora = sources.Corpora(config, epath.Path(directory), None, lambda _: None)
+        stream = corpora.pipeline({"public": 0.25, "math": 0.75}, config.anchor.train).iterate(0)
+        wall, cpu = timed(lambda: [next(stream) for _ in range(50)])
+        stream.close()
+    tokens = 50 * config.anchor.train.batch_size * config.data.seq_len
+    return {"what": "pipeline", "ms": wall * 1e3 / 50, "cpu_ms": cpu * 1e3 / 50, "tokens_per_second": tokens / wall}
+
+
+def main() -> None:
+    peak, facts = metrics.peak_flops(), machine()
+    for row in (training("public", peak), training("expert", peak), pipeline()):
+        print(json.dumps(row | {"peak_flops": peak} | facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()
