@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import presets, tree
+from flexjax import memory, presets, tree
 from flexjax.data import sources
 from flexjax.experts import surgery
 from flexjax.model import router, transformer
@@ -103,6 +103,7 @@ def pipeline() -> dict[str, Any]:
 
 
 def main() -> None:
+    memory.keep_freed()
     peak, facts = metrics.peak_flops(), machine()
     for row in (training("public", peak), training("expert", peak), pipeline()):
         print(json.dumps(row | {"peak_flops": peak} | facts), flush=True)

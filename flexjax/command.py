@@ -44,13 +44,12 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     except OSError as error:
         code = errors.StorageError.exit_code
         print(f"error: {error.filename or 'storage'}: {error.strerror or error}; check space and permissions", file=sys.stderr)
-    except ImportError as error:
-        if "fsspec" not in str(traceback.extract_tb(error.__traceback__)[-1].filename):
+    except (ImportError, KeyError) as error:  # of a path like gs://..., whose package is missing or unknown
+        if not re.search("fsspec|etils", traceback.extract_tb(error.__traceback__)[-1].filename):
             raise
         code = errors.StorageError.exit_code
-        print(
-            f"error: this kind of path needs another package ({error}); for gs:// run: pip install -e '.[gcs]'", file=sys.stderr
-        )
+        advice = "use a local path, or gs:// after: pip install -e '.[gcs]'"
+        print(f"error: this kind of path cannot be opened ({error}); {advice}", file=sys.stderr)
     _close_stdout()
     sys.exit(code)
 
@@ -65,10 +64,10 @@ def _close_stdout() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
+        name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name.startswith("config."):
             config_lib.check_field(name.removeprefix("config."))
-        if argument.startswith("-") and name == "config" and not os.path.isfile(path := value.partition(":")[0]):
+        if argument.startswith("-") and name == "config" and equals and not os.path.isfile(path := value.partition(":")[0]):
             raise errors.ConfigError(f"--config={path}: there is no such file; for instance --config=configs/math_expert.py")
     try:
         return list(flags.FLAGS(argv))[1:]
@@ -79,7 +78,7 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise errors.ConfigError(f"{_reason(str(error))}; see --help") from None
     except Exception as error:  # a config file runs the user's own code, which may fail in any way
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise errors.ConfigError(f"the config cannot be loaded ({reason}); check the file named by --config") from None
 
 

@@ -7,6 +7,8 @@ is resumed from a checkpoint:
 - `schedule`    the run continues, but along another path: refused without `--allow_schedule_change`, and logged;
 - `operations`  where and how fast, never what: free.
 
+No number is negative, and a whole number is at least 1 unless its field says otherwise.
+
 `Bank` is not a setting but the static description of a group of experts; it stands here because every room speaks of it.
 """
 
@@ -19,23 +21,23 @@ from typing import Any
 from flexjax import errors
 
 
-def _field(default: Any, resume: str) -> Any:
-    return dataclasses.field(default=default, metadata={"resume": resume})
+def _field(default: Any, resume: str, least: int | None) -> Any:
+    return dataclasses.field(default=default, metadata={"resume": resume, "least": least})
 
 
-def identity(default: Any) -> Any:
+def identity(default: Any, least: int | None = None) -> Any:
     """A field whose change makes another run."""
-    return _field(default, "identity")
+    return _field(default, "identity", least)
 
 
-def schedule(default: Any) -> Any:
+def schedule(default: Any, least: int | None = None) -> Any:
     """A field whose change alters the rest of the run, not its past."""
-    return _field(default, "schedule")
+    return _field(default, "schedule", least)
 
 
-def operations(default: Any) -> Any:
+def operations(default: Any, least: int | None = None) -> Any:
     """A field that changes where and how fast a run goes, never its result."""
-    return _field(default, "operations")
+    return _field(default, "operations", least)
 
 
 def nested(factory: Any) -> Any:
@@ -99,7 +101,7 @@ class DataConfig:
     bad_documents: str = identity("strict")  # or "quarantine": counted, listed by id, at most 0.1 %
     max_document_mb: int = operations(64)
     cache_dir: str = operations("")  # tokenised corpora; empty: `data/` in the workdir
-    prefetch: int = operations(4)  # batches prepared ahead
+    prefetch: int = operations(4, least=0)  # batches prepared ahead
 
 
 @dataclasses.dataclass
@@ -112,7 +114,7 @@ class TrainConfig:
     accumulation: int = identity(1)  # micro-batches per step
     learning_rate: float = schedule(3e-3)
     decay: str = schedule("cosine")  # or "constant"
-    warmup_steps: int = schedule(20)
+    warmup_steps: int = schedule(20, least=0)
     final_fraction: float = schedule(0.1)  # learning rate at the end / peak
     weight_decay: float = schedule(0.1)
     decayed: str = identity(r".*/(q|k|v|o|gate|up|down|kernel)|embed/embedding")  # paths that decay
@@ -149,7 +151,7 @@ class ExpertConfig:
     """The owner's expert; its name is also the domain whose files it reads."""
 
     name: str = identity("math")
-    d_ff: int = identity(0)  # 0: as wide as the public expert; narrower keeps its strongest units
+    d_ff: int = identity(0, least=0)  # 0: as wide as the public expert; narrower keeps its strongest units
     public_fraction: float = identity(0.25)  # share of windows that are public negatives
     row_documents: int = identity(1000)  # documents behind the domain row, at least 1000
 
@@ -169,7 +171,7 @@ class EvaluationConfig:
     """What the final table scores."""
 
     domains: tuple[str, ...] = operations((PUBLIC, "{expert}"))
-    max_kilobytes: int = operations(256)  # of validation text per domain; 0: all
+    max_kilobytes: int = operations(256, least=0)  # of validation text per domain; 0: all
     batch_size: int = operations(16)
 
 
@@ -178,7 +180,7 @@ class Config:
     """A whole job. `phase` is "public", "expert", "joint" or "router"."""
 
     phase: str = identity("expert")
-    seed: int = identity(0)
+    seed: int = identity(0, least=0)
     model: ModelConfig = nested(ModelConfig)
     data: DataConfig = nested(DataConfig)
     anchor: AnchorConfig = nested(AnchorConfig)
@@ -218,22 +220,26 @@ def check_field(path: str) -> Any:
     return kind
 
 
-def check_types(config: Any, where: str = "config") -> None:
-    """Raises ConfigError for the first value that is not of its field's type; a config file may set anything."""
+def check(config: Any, where: str = "config") -> None:
+    """Raises ConfigError for the first value that is not of its field's type or too small; a config file may set anything."""
     for field in dataclasses.fields(config):
         value, kind, path = getattr(config, field.name), field.type, f"{where}.{field.name}"
+        least = field.metadata.get("least")
         if dataclasses.is_dataclass(kind):
-            fits = type(value) is kind
+            expected, fits = kind.__name__, type(value) is kind
         elif kind == tuple[str, ...]:
-            fits = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+            expected, fits = "tuple of strings", isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        elif kind is int:
+            least = 1 if least is None else least
+            expected, fits = f"int of at least {least}", type(value) is int and value >= least
+        elif kind is float:
+            expected, fits = "finite float of at least 0", type(value) in (int, float) and 0 <= value < math.inf
         else:
-            fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits or (kind is float and not math.isfinite(value)):
-            expected = "finite float" if kind is float else getattr(kind, "__name__", kind)
-            expected = "tuple of strings" if kind == tuple[str, ...] else expected
-            raise errors.ConfigError(f"{path} is {value!r:.80}, expected a {expected}; correct the config file or the flag")
+            expected, fits = kind.__name__, type(value) is kind
+        if not fits:
+            raise errors.ConfigError(f"{path} is {value!r:.80}, expected: {expected}; correct the flag or the config file")
         if dataclasses.is_dataclass(kind):
-            check_types(value, path)
+            check(value, path)
 
 
 def classes(kind: Any = Config, prefix: str = "") -> dict[str, str]:

@@ -11,12 +11,13 @@ import tempfile
 from absl import flags
 from etils import epath
 
-from flexjax import command, errors
+from flexjax import command, errors, memory
 from flexjax import config as config_lib
 from flexjax.data import corpus, tokens
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.eval import bits_per_byte
 from flexjax.experts import store
+from flexjax.model import router
 
 MODEL = flags.DEFINE_string("model", None, "A merged model or an anchor.")
 DATA = flags.DEFINE_list("data", [], "NAME=PATH of JSONL or token files, globs allowed; several, separated by commas.")
@@ -34,22 +35,27 @@ DEFAULT_SEQ_LEN = 1024
 
 def main(argv: list[str]) -> None:
     """Scores each text and prints a table."""
+    memory.keep_freed()
     if argv:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --model=DIR --data=NAME=PATH")
     if not MODEL.value or not DATA.value:
         raise errors.ConfigError("evaluate needs --model=DIR and --data=NAME=PATH")
-    texts = dict(_named(entry) for entry in DATA.value)
+    texts = _texts(DATA.value)
     anchor, architecture, params = store.load_any(MODEL.value, TOP_K.value)
+    if TOP_K.value not in (None, architecture.top_k):
+        raise errors.ConfigError(f"--top_k={TOP_K.value}: {MODEL.value} is an anchor and has one expert; leave the flag out")
+    experts = list(architecture.experts) if EXPERTS.value is None else EXPERTS.value
+    router.allowed_mask(architecture.experts, experts, 1)  # refuses unknown names before any text is read
     seq_len = SEQ_LEN.value or anchor.manifest["training"].get("seq_len", DEFAULT_SEQ_LEN)
+    if type(seq_len) is not int or not 0 < seq_len <= 2**24:
+        raise errors.IntegrityError(f"{anchor.label} states seq_len {str(seq_len)[:20]}; pass --seq_len")
     tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
     scorer = bits_per_byte.Scorer(architecture, params, seq_len, BATCH_SIZE.value)
     data = config_lib.DataConfig(text_field=TEXT_FIELD.value, token_dtype=TOKEN_DTYPE.value)
-    experts = EXPERTS.value if EXPERTS.value is not None else list(architecture.experts)
     print(f"{'bits per byte':<16}{'':>9}   kB      routing shares, with {', '.join(experts)} switched on")
     scores = {}
     with tempfile.TemporaryDirectory() as cache:
-        for name, pattern in texts.items():
-            paths = corpus.expand(pattern, "", name)
+        for name, paths in texts.items():
             source = tokens.tokenize(paths, tokenizer, data, architecture.config.vocab_size, epath.Path(cache))
             score = scorer.score(source, MAX_KILOBYTES.value * 1000, experts)
             shares = "  ".join(f"{expert} {share:.0%}" for expert, share in score.shares.items())
@@ -59,11 +65,16 @@ def main(argv: list[str]) -> None:
         sys.stdout.write(json.dumps({"model": MODEL.value, "experts": experts, "scores": scores}) + "\n")
 
 
-def _named(entry: str) -> tuple[str, str]:
-    name, equals, path = entry.partition("=")
-    if not (name and equals and path):
-        raise errors.ConfigError(f"--data entry '{entry}' must be NAME=PATH, for instance math=validation.jsonl.gz")
-    return name, path
+def _texts(entries: list[str]) -> dict[str, list[epath.Path]]:
+    texts: dict[str, list[epath.Path]] = {}
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not (name and path):
+            raise errors.ConfigError(f"--data entry '{entry}' must be NAME=PATH, for instance math=validation.jsonl.gz")
+        if name in texts:
+            raise errors.ConfigError(f"--data names '{name}' twice; give each text its own name, or one pattern for both files")
+        texts[name] = corpus.expand(path, "", name)
+    return texts
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from flexjax import command, errors, report, stages, workdir
+from flexjax import command, errors, memory, report, stages, workdir
 from flexjax import config as config_lib
 from flexjax.data import sources
 from flexjax.experts import manifest, store
@@ -27,11 +27,12 @@ JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, la
 
 def main(argv: list[str]) -> None:
     """Runs all stages of the job in its directory."""
+    memory.keep_freed()
     if argv:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --config=configs/math_expert.py")
-    if CONFIG.value is None:
-        raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if file is None:
+        raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
     config = check(CONFIG.value, file)
     directory = workdir.create(WORKDIR.value or default_workdir(file))
     options = loop.Options(FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
@@ -46,8 +47,10 @@ def check(config: Any, file: str) -> config_lib.Config:
       ConfigError: it is no config, a value has the wrong type, or phase and names do not go together.
     """
     if not isinstance(config, config_lib.Config):
-        raise errors.ConfigError(f"--config={file}: get_config() must return a flexjax.config.Config; see configs/public.py")
-    config_lib.check_types(config)
+        raise errors.ConfigError(
+            f"--config={file}: no get_config() that returns a flexjax.config.Config; see configs/public.py"
+        )
+    config_lib.check(config)
     config_lib.resolve(config)
     if config.phase not in PHASES:
         raise errors.ConfigError(f"config.phase is '{config.phase}', expected one of {', '.join(PHASES)}")

@@ -40,10 +40,11 @@ def public_config(config: config_lib.Config) -> config_lib.Config:
 
 
 def claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
-    """Saves the resolved config, or refuses if the directory belongs to another job."""
+    """Saves the resolved config, or refuses if the directory holds work of another job."""
     saved = workdir.read_json(directory / "config.json")
     current = config_lib.to_dict(config)
-    if saved is not None:
+    finished = any(_finished(directory / part) for part in ("anchor", "expert", "model"))
+    if saved is not None and (finished or any((directory / "checkpoints").glob("*/commit.json"))):
         loop.check_config(saved, current, options)
     workdir.write_json(directory / "config.json", current)
 
@@ -161,11 +162,12 @@ def expert_stage(
         anchor.shared(), {config_lib.PUBLIC: public, name: mine}, {config_lib.PUBLIC: (config_lib.PUBLIC,), name: (name,)}
     )
     architecture = surgery.architecture(config.model, banks, top_k=2)
+    _check_carried(pair, config.train.trainable)
     stream = corpora.pipeline({name: 1 - fraction, config_lib.PUBLIC: fraction}, config.train)
     trained, facts = loop.train(
         pair, architecture, stream, config, directory, f"expert {name}", options, origin=anchor.manifest["digest"]
     )
-    expert = surgery.split(tree.combine(trained, _untrained(pair, trained, name)), banks[1:])[1][name]
+    expert = surgery.split(_replace(pair, trained), banks)[1][name]
     facts |= {
         "data": source.digest,
         "documents": source.num_documents,
@@ -178,19 +180,23 @@ def expert_stage(
     return found
 
 
-def _untrained(params: tree.Tree, trained: tree.Tree, bank: str) -> tree.Tree:
-    """The leaves of a bank that the run left frozen (a frozen router row, for instance)."""
-    done = tree.flatten(trained)
-    prefix = f"experts/{bank}/"
-    for path in done:
-        if not path.startswith(prefix):
-            raise errors.ConfigError(f"train.trainable selects {path}, which no bundle carries; use '{prefix}.*'")
-    flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.startswith(prefix) and path not in done}
-    return tree.unflatten(flat)
+def _check_carried(params: tree.Tree, pattern: str) -> None:
+    """Raises ConfigError, before anything is trained, if a part of the anchor would be: no bundle carries it."""
+    for path in tree.flatten(tree.partition(params, pattern)[0]):
+        if not path.startswith("experts/") or path.startswith(f"experts/{config_lib.PUBLIC}/"):
+            raise errors.ConfigError(f"train.trainable selects {path}, which no bundle carries; use 'experts/(?!public/).*'")
 
 
 def mixture_weights(mixture: config_lib.MixtureConfig) -> dict[str, float]:
-    """Public text at its fraction, the experts' domains sharing the rest."""
+    """Public text at its fraction, the experts' domains sharing the rest.
+
+    Raises:
+      ConfigError: the fraction is no share, or there is no expert.
+    """
+    if not 0 <= mixture.public_fraction <= 1 or not mixture.experts:
+        raise errors.ConfigError(
+            f"mixture.public_fraction={mixture.public_fraction} must lie in [0, 1], beside one expert at least"
+        )
     rest = (1 - mixture.public_fraction) / len(mixture.experts)
     return {config_lib.PUBLIC: mixture.public_fraction, **{name: rest for name in mixture.experts}}
 
@@ -203,7 +209,7 @@ def joint_stage(
     if _finished(home):
         say(f"joint model: finished, skipped; {home}")
         return store.open_model(home)
-    names = tuple(manifest.check_name(name) for name in config.mixture.experts)
+    names = config.mixture.experts
     public = store.public_expert(anchor)
     rng = np.random.default_rng(config.seed)
 
@@ -244,6 +250,7 @@ def router_stage(
         say(f"router-tuned model: finished, skipped; {home}")
         return store.open_model(home)
     architecture, params = store.load(start, top_k=len(start.bundles) + 1)
+    _check_carried(params, config.train.trainable)
     stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
     trained, facts = loop.train(
         params, architecture, stream, config, directory, "router tuning", options, origin=start.tree_digest

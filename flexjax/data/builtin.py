@@ -43,8 +43,8 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _Row = tuple[str, str, str]  # text, source (module), licence
 
 
-def build(root: epath.PathLike) -> None:
-    """Writes `{root}/{public,math,code}/{train,validation}.jsonl.gz`, unless they are there already.
+def build(root: epath.PathLike) -> bool:
+    """Writes `{root}/{public,math,code}/{train,validation}.jsonl.gz`; returns False if they were there already.
 
     Each line is `{"text", "source", "license"}`. The bytes depend only on the installed sources. The marker file is written
     last and holds the digest of every file, so an interrupted or damaged corpus is built again.
@@ -55,7 +55,7 @@ def build(root: epath.PathLike) -> None:
     """
     root = epath.Path(root)
     if _is_complete(root):
-        return
+        return False
     digests = {}
     for name, rows in _splits(_documents()).items():
         content = gzip.compress("".join(_line(*row) for row in rows).encode(), compresslevel=6, mtime=0)
@@ -63,6 +63,7 @@ def build(root: epath.PathLike) -> None:
         cache.write(root / name, content)
     marker = {"recipe": _RECIPE, "files": digests}
     cache.write(root / _MARKER, (json.dumps(marker, indent=1, sort_keys=True) + "\n").encode())
+    return True
 
 
 def _is_complete(root: epath.Path) -> bool:

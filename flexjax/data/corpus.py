@@ -71,10 +71,12 @@ def expand(pattern: str, root: str, domain: str) -> list[epath.Path]:
 
 def _glob(pattern: str) -> list[epath.Path]:
     path = epath.Path(pattern)
+    if path.exists() and not path.is_dir():  # as it stands, even if a directory is called "[old]"
+        return [path]
     parts = path.parts
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
     if first is None:
-        return [path] if path.exists() and not path.is_dir() else []
+        return []
     parent = epath.Path(*parts[:first])
     return [found for found in parent.glob("/".join(parts[first:])) if not found.is_dir()]
 

@@ -1,12 +1,14 @@
 """The token sources of a job, from its config: what `stages` asks for by domain."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 
 from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors
-from flexjax.data import builtin, corpus
+from flexjax.data import builtin, cache, corpus
 from flexjax.data import pipeline as pipeline_lib
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.data import tokens as tokens_lib
@@ -34,10 +36,14 @@ class Corpora:
         self.config, self.data = config, config.data
         self.directory = epath.Path(config.data.cache_dir or directory / "data")
         self.root = config.data.root
-        if not self.root and "{root}" in self.data.train_files + self.data.validation_files:
+        defaults = config_lib.DataConfig()
+        if not self.root and (self.data.train_files, self.data.validation_files) == (
+            defaults.train_files,
+            defaults.validation_files,
+        ):
             self.root = str(self.directory / "corpus")
-            say("corpus: built from the sources of installed packages")
-            builtin.build(self.root)
+            if builtin.build(self.root):
+                say("corpus: built from the sources of installed packages")
         self.tokenizer_file = self._tokenizer_file(tokenizer_file, say)
         self.tokenizer = tokenizer_lib.load(self.tokenizer_file)
 
@@ -70,12 +76,14 @@ class Corpora:
             return of_anchor
         if given:
             return epath.Path(given)
-        file = self.directory / "tokenizer" / "tokenizer.model"
-        if file.exists():
-            return file
         paths = corpus.expand(self.data.train_files, self.root, config_lib.PUBLIC)
         if not all(path.name.endswith(TEXT_SUFFIXES) for path in paths):
             raise errors.ConfigError("data.train_files are token files; name their tokenizer in data.tokenizer")
+        made_of = [self.config.model.vocab_size, self.data.text_field, *map(cache.file_digest, paths)]
+        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        file = self.directory / "tokenizer" / key / tokenizer_lib.SENTENCEPIECE_FILE
+        if file.exists():
+            return file
         say(f"tokenizer: training {self.config.model.vocab_size} pieces on public text")
         documents = corpus.documents(
             paths,

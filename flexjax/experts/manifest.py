@@ -105,6 +105,9 @@ def read(directory: epath.PathLike, kind: str) -> Manifest:
     if manifest.get("format") != FORMAT:
         raise errors.IntegrityError(f"{path} has format {str(manifest.get('format'))[:20]}, this version reads {FORMAT}")
     _check_fields(manifest, str(path))
+    for field in sorted({"training", "experts"} & set(manifest)):
+        if not isinstance(manifest[field], dict):
+            raise errors.IntegrityError(f"{path}: field '{field}' must be an object")
     found = digest_of(manifest)
     if manifest["digest"] != found:
         raise errors.IntegrityError(
@@ -116,8 +119,10 @@ def read(directory: epath.PathLike, kind: str) -> Manifest:
 def _load(directory: epath.Path, kind: str) -> Manifest:
     path = directory / FILE
     if not path.exists():
-        hint = "the directory does not exist" if not directory.exists() else "the directory has no manifest.json"
-        raise errors.StorageError(f"{directory} is no flexjax {kind}: {hint}; give the directory that a run wrote")
+        hint = "the directory has no manifest.json" if directory.exists() else "the directory does not exist"
+        inside = [str(directory / name) for name in ("anchor", "expert", "model") if (directory / name / FILE).exists()]
+        advice = f"did you mean {' or '.join(inside)}?" if inside else "give the directory that a run wrote"
+        raise errors.StorageError(f"{directory} is no flexjax {kind}: {hint}; {advice}")
     return _parse(slices.read_small(path, MAX_BYTES), path)
 
 

@@ -120,10 +120,11 @@ def read_file(path: epath.Path, size: int) -> bytes:
             raise errors.IntegrityError(f"{path} is missing; restore the file or fetch the directory again") from None
         except OSError as error:
             raise errors.IntegrityError(f"{path} is no readable regular file ({error.strerror}); refused") from None
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise errors.IntegrityError(f"{path} is no regular file; refused")
         with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise errors.IntegrityError(f"{path} is no regular file; refused")
             data = file.read(size + 1) if status.st_size == size else b""
             if status.st_size != size:
                 raise errors.IntegrityError(f"{path} has {status.st_size} bytes, expected {size}; fetch it again")

@@ -41,12 +41,15 @@ def join(
       groups: bank name to expert names; None: `group`.
 
     Raises:
-      ConfigError: `public` is missing, or experts of one bank differ in width.
+      ConfigError: `public` is missing, an expert is in no bank or in two, or experts of one bank differ in width.
     """
     if config_lib.PUBLIC not in experts:
         raise errors.ConfigError("a model needs the expert 'public'; it is the anchor's own and cannot be left out")
+    groups = group(experts) if groups is None else groups
+    if sorted(name for names in groups.values() for name in names) != sorted(experts):
+        raise errors.ConfigError(f"the banks {dict(groups)} must hold each of the experts {', '.join(sorted(experts))} once")
     banks, trees = [], {}
-    for bank, names in (group(experts) if groups is None else groups).items():
+    for bank, names in groups.items():
         widths = {width(experts[name]) for name in names}
         if len(widths) > 1:
             raise errors.ConfigError(f"bank '{bank}' mixes experts of widths {sorted(widths)}; give each width its own bank")

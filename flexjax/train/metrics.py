@@ -68,10 +68,10 @@ class Log:
         try:
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(self.path)
-            self._file = open(self.path, "a")  # noqa: SIM115  closed by `close`
             self._board = _Board(directory / "tensorboard", start)
+            self._file = open(self.path, "a")  # noqa: SIM115  closed by `close`
         except OSError as error:
-            raise errors.StorageError(f"cannot write {self.path}: {error.strerror or error}") from None
+            raise errors.StorageError(f"cannot write {self.path} or tensorboard: {error.strerror or error}") from None
         self._bar = tqdm.tqdm(total=steps, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty())
         self._clock: tuple[int, float] | None = None
         self._spoken = 0.0
@@ -164,7 +164,7 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

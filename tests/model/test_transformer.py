@@ -128,7 +128,7 @@ def test_kept_states_are_what_the_routers_read():
 def test_tied_head():
     config = dataclasses.replace(TINY, tied_head=True)
     tied = transformer.Architecture(config, transformer.dense_banks(config))
-    params = transformer.init(tied, 0)
+    params = noise.params(tied)
     assert "kernel" not in params["head"]
     hidden = jnp.ones((1, 2, 12))
     np.testing.assert_allclose(transformer.logits(params, hidden), hidden @ params["embed"]["embedding"].T, rtol=1e-5)

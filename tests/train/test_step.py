@@ -22,11 +22,11 @@ EXPECTED = {
 
 @functools.cache
 def after(name, steps=3, **changes):
-    """State and metrics after some steps."""
+    """State and metrics after some steps on one batch."""
     run = tiny.run(name, **changes)
     state, rows = run.state, []
-    for index in range(steps):
-        state, metrics = run(tiny.batch(index), state)
+    for _ in range(steps):
+        state, metrics = run(tiny.batch(), state)
         rows.append(jax.tree.map(np.asarray, metrics))
     return state, rows
 
@@ -78,9 +78,7 @@ def test_decay_moves_the_trained_matrices_and_never_rows_biases_or_frozen_leaves
 @pytest.mark.parametrize(
     ("name", "changes", "tolerance"),
     [
-        ("pair", {"scan_layers": True}, 1e-5),
-        ("pair", {"remat": "full"}, 1e-5),
-        ("pair", {"remat": "dots"}, 1e-5),
+        ("pair", {"scan_layers": True, "remat": "dots"}, 1e-5),
         ("joint", {"scan_layers": True, "remat": "full"}, 1e-5),
         ("pair", {"compute_dtype": "bfloat16"}, 2e-2),
         ("dense", {"compute_dtype": "bfloat16", "scan_layers": True}, 2e-2),
@@ -98,11 +96,8 @@ def test_scan_remat_and_bfloat16_agree_with_the_plain_step(name, changes, tolera
 
 @pytest.mark.parametrize("uneven", [False, True])
 def test_accumulation_equals_one_big_batch(uneven):
-    batch = tiny.batch(0, batch_size=8, uneven=uneven)
-    if uneven:  # the four micro-batches weigh 25, 2, 16 and 0 tokens
-        batch["weights"][4:] = [[1] * 16, [0] * 16, [0] * 16, [0] * 16]
-    (whole, expected), (parts, found) = (tiny.run("pair", accumulation=count)(batch) for count in (1, 4))
-    assert batch["weights"].sum() == (43 if uneven else 128)
+    batch = tiny.batch(uneven=uneven)
+    (whole, expected), (parts, found) = tiny.run("pair")(batch), tiny.run("pair", accumulation=4)(batch)
     for key in ("loss", "cross_entropy", "z", "router_z", "gradient_norm", "share", "entropy", "bias"):
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-5, err_msg=key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), parts.optimizer[1].mu, whole.optimizer[1].mu)

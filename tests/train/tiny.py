@@ -65,7 +65,7 @@ def _batch(step, batch_size):
 
 
 def batch(step=0, batch_size=BATCH_SIZE, uneven=False):
-    """What a step is given; `uneven`: sequences with 16, 9, 2, 0, 16, ... tokens that count."""
+    """What a step is given; `uneven`: sequences with 16, 9, 2 and 0 tokens that count."""
     found = dict(_batch(step, batch_size))
     if uneven:
         counts = np.resize([16, 9, 2, 0], batch_size)

@@ -1,0 +1,78 @@
+"""The analytic FLOPs of a step are those of the matrix products that XLA compiles."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from flexjax import tree
+from flexjax.model import router, transformer
+from flexjax.train import flops, optimizer
+from flexjax.train import step as step_lib
+from tests.train import hlo, tiny
+
+MODEL = dataclasses.replace(tiny.MODEL, d_ff=96)
+PUBLIC = dataclasses.replace(tiny.PUBLIC, d_ff=96)
+JOINT = dataclasses.replace(tiny.JOINT, d_ff=96)
+DENSE = transformer.Architecture(MODEL, (PUBLIC,))
+TIED = transformer.Architecture(dataclasses.replace(MODEL, tied_head=True), (PUBLIC,))
+PAIR = transformer.Architecture(MODEL, (PUBLIC, tiny.MATH), top_k=2)
+ALL = transformer.Architecture(MODEL, (PUBLIC, JOINT), top_k=3)
+CASES = {
+    "public, everything trained": (DENSE, ".*"),
+    "tied head": (TIED, ".*"),
+    "frozen head": (DENSE, "(?!head/).*"),
+    "frozen embedding": (DENSE, "(?!embed/).*"),
+    "frozen embedding and head": (DENSE, "layers/.*"),
+    "attention's keys only": (DENSE, "layers/attention/k"),
+    "head only": (DENSE, "head/kernel"),
+    "expert pair": (PAIR, "experts/math/.*"),
+    "joint, all experts active": (ALL, ".*"),
+    "router tuning": (ALL, "experts/(?!public/).*/router/.*"),
+}
+
+
+def _head(architecture):
+    return "embed/embedding" if architecture.config.tied_head else "head/kernel"
+
+
+def compiled_flops(architecture, trainable, frozen):
+    """Dot FLOPs per token of the compiled step."""
+    settings = tiny.settings("dense", router_z_loss=1e-3, load_balance_loss=1e-2)
+    made = optimizer.make(settings, trainable)
+    head_trainable = _head(architecture) in tree.flatten(trainable)
+    step = step_lib.make_step(architecture, transformer.Compute(), settings, made, head_trainable)
+    state = jax.eval_shape(lambda: step_lib.init_state(jax.tree.map(lambda x: jax.numpy.zeros(x.shape), trainable), made))
+    program = jax.jit(step, compiler_options=tiny.QUICK).lower(state, frozen, tiny.batch()).compile()
+    return hlo.dot_flops(program.as_text()) / (tiny.BATCH_SIZE * tiny.SEQ_LEN)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_analytic_flops_are_those_of_the_compiled_products(case):
+    architecture, pattern = CASES[case]
+    params = jax.eval_shape(lambda: router.free(transformer.init(architecture, 0), pattern))
+    trainable, frozen = tree.partition(params, pattern)
+    analytic = flops.per_token(architecture, trainable, tiny.SEQ_LEN)
+    expected = analytic.total
+    if _head(architecture) in tree.flatten(trainable):
+        # a trainable head computes its logits again in the backward pass, to keep none: no useful work, so not in `analytic`
+        expected += 2 * MODEL.d_model * MODEL.vocab_size
+    assert compiled_flops(architecture, trainable, frozen) == pytest.approx(expected, rel=0.02)
+    assert analytic.forward > 0 and analytic.backward > 0
+
+
+def test_a_sparse_layer_counts_the_chosen_experts_only():
+    sparse = dataclasses.replace(ALL, top_k=2)
+    params = transformer.abstract(ALL)
+    trainable, _ = tree.partition(params, "experts/joint/ffn/.*")
+    whole, part = (flops.per_token(a, trainable, tiny.SEQ_LEN) for a in (ALL, sparse))
+    experts = 2 * 2 * 3 * 3 * MODEL.d_model * 96  # layers, FLOPs of a product, matrices, experts
+    assert whole.forward - part.forward == pytest.approx(experts / 3)
+
+
+def test_the_backward_pass_of_an_expert_costs_less_than_that_of_the_whole_model():
+    params = transformer.abstract(PAIR)
+    expert, whole = (
+        flops.per_token(PAIR, tree.partition(params, pattern)[0], tiny.SEQ_LEN) for pattern in ("experts/math/.*", ".*")
+    )
+    assert expert.forward == whole.forward and expert.backward < 0.8 * whole.backward < 1.8 * whole.forward
