@@ -82,6 +82,11 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
+    def close(self) -> None:
+        """Returns when nothing is being written any more, so that the directory's lock may be given up; raises nothing."""
+        if self._writer is not None:
+            self._writer.join()
+
     def facts(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays of a step."""
         return self._commit(step)["facts"]

@@ -3,6 +3,7 @@
 python -m flexjax.main --config=configs/math_expert.py[:variant] [--workdir=DIR] [--config.x.y=v ...]
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -30,14 +31,14 @@ def main(argv: list[str]) -> None:
     memory.keep_freed()
     if argv:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --config=configs/math_expert.py")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    if file is None:
+    if not flags.FLAGS["config"].present:
         raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
     config = check(CONFIG.value, file)
     directory = workdir.create(WORKDIR.value or default_workdir(file))
     options = loop.Options(FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
     with workdir.lock(directory):
-        run(config, directory, options)
+        run(config, directory, options, file)
 
 
 def check(config: Any, file: str) -> config_lib.Config:
@@ -48,7 +49,7 @@ def check(config: Any, file: str) -> config_lib.Config:
     """
     if not isinstance(config, config_lib.Config):
         raise errors.ConfigError(
-            f"--config={file}: no get_config() that returns a flexjax.config.Config; see configs/public.py"
+            f"--config={file}: no such file, or its get_config() returns no flexjax.config.Config; see configs/public.py"
         )
     config_lib.check(config)
     config_lib.resolve(config)
@@ -70,38 +71,47 @@ def default_workdir(config_file: str) -> str:
     return os.path.join("runs", f"{pathlib.Path(path).stem}-{variant or 'quickstart'}")
 
 
-def run(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
+@dataclasses.dataclass
+class Outcome:
+    """What a phase made: models to compare, the text to compare them on, and the runs whose curves are drawn."""
+
+    subjects: list[stages.Subject]
+    corpora: sources.Corpora
+    runs: dict[str, epath.Path]
+
+
+def run(config: config_lib.Config, directory: epath.Path, options: loop.Options, file: str) -> None:
     """Runs a job in a directory that this process holds, and reports."""
-    anchor, model, corpora, runs = PHASES[config.phase](config, directory, options)
-    result = stages.evaluation_stage(config, anchor, model, corpora, directory)
-    report.picture(directory / "report.png", runs, result.before, result.after)
-    print(report.table(result.before, result.after))
+    outcome = PHASES[config.phase](config, directory, options)
+    scores = stages.evaluation_stage(config, outcome.subjects, outcome.corpora, directory)
+    report.picture(directory / "report.png", outcome.runs, scores)
+    print(report.table(scores))
     print(f"\n{directory / 'report.png'}: loss curves and bars\n\nNext:")
-    for line in _next_commands(config, directory):
+    for line in _next_commands(config, directory, file):
         print(f"  {line}")
     if JSON.value:
         print(json.dumps({"workdir": str(directory), "evaluation": workdir.read_json(directory / "evaluation.json")}))
-
-
-Outcome = tuple[store.Artefact, store.Model | None, sources.Corpora, dict[str, epath.Path]]
 
 
 def _public(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
     stages.claim(config, directory, options)
     corpora = sources.Corpora(config, directory, None, stages.say)
     anchor = stages.public_stage(config, corpora, directory, options)
-    return anchor, None, corpora, {"anchor": directory}
+    return Outcome([stages.of_anchor(anchor)], corpora, {"anchor": directory})
 
 
 def _expert(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
     anchor, corpora, runs = _beside_anchor(config, directory, options)
     bundle = stages.expert_stage(config, anchor, corpora, directory, options)
-    return anchor, stages.model_stage(anchor, bundle, directory), corpora, runs | {f"expert {config.expert.name}": directory}
+    model = stages.model_stage(anchor, bundle, directory)
+    runs[f"expert {config.expert.name}"] = directory
+    return Outcome([stages.of_anchor(anchor), stages.of_model(model)], corpora, runs)
 
 
 def _joint(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
     anchor, corpora, runs = _beside_anchor(config, directory, options)
-    return anchor, stages.joint_stage(config, anchor, corpora, directory, options), corpora, runs | {"joint": directory}
+    model = stages.joint_stage(config, anchor, corpora, directory, options)
+    return Outcome([stages.of_anchor(anchor), stages.of_model(model)], corpora, runs | {"joint": directory})
 
 
 def _router(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
@@ -111,7 +121,8 @@ def _router(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     stages.claim(config, directory, options)
     corpora = sources.Corpora(config, directory, store.tokenizer_path(start.anchor), stages.say)
     model = stages.router_stage(config, start, corpora, directory, options)
-    return start.anchor, model, corpora, {"router tuning": directory}
+    subjects = [stages.of_anchor(start.anchor), stages.of_model(start, "untuned"), stages.of_model(model, "tuned")]
+    return Outcome(subjects, corpora, {"router tuning": directory})
 
 
 PHASES = {"public": _public, "expert": _expert, "joint": _joint, "router": _router}
@@ -130,9 +141,12 @@ def _beside_anchor(
     return anchor, sources.Corpora(config, directory, store.tokenizer_path(anchor), stages.say), runs
 
 
-def _next_commands(config: config_lib.Config, directory: epath.Path) -> list[str]:
+def _next_commands(config: config_lib.Config, directory: epath.Path, file: str) -> list[str]:
+    _, colon, variant = file.partition(":")
+    root = f" --config.data.root={config.data.root}" if config.data.root else ""
+    train = f"python -m flexjax.main --config=configs/{{}}{colon}{variant}{root} {{}}"
     if config.phase == "public":
-        return [f"python -m flexjax.main --config=configs/math_expert.py --config.anchor.path={directory / 'anchor'}"]
+        return [train.format("math_expert.py", f"--config.anchor.path={directory / 'anchor'}")]
     model = directory / "model"
     commands = [
         f"python -m flexjax.generate --model={model} --prompt='The eigenvalues of' --max_new_tokens=40",
@@ -140,8 +154,7 @@ def _next_commands(config: config_lib.Config, directory: epath.Path) -> list[str
         f"python -m flexjax.merge show --model={model}",
     ]
     if config.phase == "expert" and not config.anchor.path:
-        path = directory / "public" / "anchor"
-        commands.insert(0, f"python -m flexjax.main --config=configs/code_expert.py --config.anchor.path={path}")
+        commands.insert(0, train.format("code_expert.py", f"--config.anchor.path={directory / 'public' / 'anchor'}"))
     return commands
 
 

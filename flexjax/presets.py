@@ -46,7 +46,7 @@ def public_training(variant: str) -> config_lib.TrainConfig:
     """The anchor: everything is trained."""
     if variant == "7b":
         return _large(steps=250_000, weight_decay=0.1)  # 1 T tokens at 4.19 M a step
-    steps = {"quickstart": 900, "mini": 1600}[variant]
+    steps = {"quickstart": 1100, "mini": 1600}[variant]
     batch_size = {"quickstart": 16, "mini": 8}[variant]
     return config_lib.TrainConfig(steps=steps, batch_size=batch_size, learning_rate=4e-3, warmup_steps=50)
 
@@ -56,7 +56,7 @@ def expert_training(variant: str) -> config_lib.TrainConfig:
     trainable = "experts/{expert}/.*"
     if variant == "7b":
         return _large(steps=12_000, weight_decay=0.0, trainable=trainable, router_z_loss=1e-3, frozen_dtype="bfloat16")
-    steps = {"quickstart": 300, "mini": 400}[variant]
+    steps = {"quickstart": 450, "mini": 400}[variant]
     batch_size = {"quickstart": 16, "mini": 8}[variant]
     return config_lib.TrainConfig(
         trainable=trainable,
@@ -102,7 +102,7 @@ def _large(
         steps=steps,
         batch_size=1024,
         learning_rate=learning_rate,
-        warmup_steps=2000,
+        warmup_steps=min(2000, steps // 6),
         weight_decay=weight_decay,
         router_z_loss=router_z_loss,
         compute_dtype="bfloat16",

@@ -8,24 +8,28 @@ from etils import epath
 from flexjax.eval import bits_per_byte
 from flexjax.train import metrics
 
-Scores = Mapping[str, bits_per_byte.Score]
+Scores = Mapping[str, Mapping[str, bits_per_byte.Score]]  # by label, then by domain
 
 
-def table(before: Scores, after: Scores) -> str:
-    """Bits per byte of anchor and model by domain, the change, and the model's routing shares."""
-    lines = [f"{'bits per byte':<16}{'anchor':>9}{'model':>9}{'change':>9}   routing shares of the model"]
-    for domain, score in before.items():
-        line = f"{domain:<16}{score.bits_per_byte:>9.3f}"
-        if domain in after:
-            new = after[domain]
-            shares = "  ".join(f"{name} {share:.0%}" for name, share in new.shares.items())
-            line += f"{new.bits_per_byte:>9.3f}{new.bits_per_byte / score.bits_per_byte - 1:>+9.1%}   {shares}"
+def table(scores: Scores) -> str:
+    """Bits per byte of each model by domain, the change from the first to the last, and the last one's routing shares."""
+    labels = list(scores)
+    first, last = scores[labels[0]], scores[labels[-1]]
+    compared = len(labels) > 1
+    head = "".join(f"{label:>9}" for label in labels) + (f"{'change':>9}   routing shares" if compared else "")
+    lines = [f"{'bits per byte':<16}{head}"]
+    for domain in first:
+        line = f"{domain:<16}" + "".join(f"{scores[label][domain].bits_per_byte:>9.3f}" for label in labels)
+        if compared:
+            change = last[domain].bits_per_byte / first[domain].bits_per_byte - 1
+            shares = "  ".join(f"{name} {share:.0%}" for name, share in last[domain].shares.items())
+            line += f"{change:>+9.1%}   {shares}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def picture(path: epath.Path, runs: Mapping[str, epath.Path], before: Scores, after: Scores) -> None:
-    """Writes a PNG: the loss curve of every run (by title), and bars of bits per byte before and after."""
+def picture(path: epath.Path, runs: Mapping[str, epath.Path], scores: Scores) -> None:
+    """Writes a PNG: the loss curve of every run (by title), and bars of bits per byte of every model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,15 +41,16 @@ def picture(path: epath.Path, runs: Mapping[str, epath.Path], before: Scores, af
         curves.plot([row["step"] for row in rows], [row["cross_entropy"] / math.log(2) for row in rows], label=title)
     curves.set(xlabel="step", ylabel="training loss (bits per token)", title="Loss")
     curves.legend()
-    places = range(len(before))
-    series = {"anchor": before, "model": after} if after else {"anchor": before}
-    for index, (label, scores) in enumerate(series.items()):
-        heights = [score.bits_per_byte for score in scores.values()]
-        drawn = bars.bar([place + 0.4 * index for place in places], heights, 0.38, label=label)
+    domains = list(next(iter(scores.values())))
+    width = 0.8 / len(scores)
+    for index, (label, found) in enumerate(scores.items()):
+        places = [place + width * index for place in range(len(domains))]
+        drawn = bars.bar(places, [found[domain].bits_per_byte for domain in domains], 0.95 * width, label=label)
         bars.bar_label(drawn, fmt="%.2f")
     bars.set(ylabel="bits per byte", title="Validation text, lower is better")
-    bars.set_xticks([place + 0.2 * (len(series) - 1) for place in places], list(before))
-    bars.legend()
+    bars.set_xticks([place + width * (len(scores) - 1) / 2 for place in range(len(domains))], domains)
+    bars.margins(y=0.25)  # room for the legend above the bars
+    bars.legend(loc="upper left", ncols=2)
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)

@@ -6,6 +6,7 @@ last committed checkpoint.
 
 import dataclasses
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def public_stage(
     stream = corpora.pipeline({config_lib.PUBLIC: 1.0}, config.train)
     params = transformer.init(architecture, config.seed)
     trained, facts = loop.train(params, architecture, stream, config, directory, "anchor", options, origin="")
-    source = corpora.source(config_lib.PUBLIC)
+    trained, source = _replace(params, trained), corpora.source(config_lib.PUBLIC)
     statistics, row = public_rows(config, architecture, trained, source)
     shared, experts = surgery.split(trained, architecture.banks)
     public = {**experts[config_lib.PUBLIC], "router": {"row": row}}
@@ -280,26 +281,35 @@ def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath
 
 
 @dataclasses.dataclass
-class Comparison:
-    """Scores of the anchor and of a model made from it, by domain."""
+class Subject:
+    """A model to be scored: the label of its column, its digest, and how it is read."""
 
-    before: dict[str, bits_per_byte.Score]
-    after: dict[str, bits_per_byte.Score]
+    label: str
+    digest: str
+    load: Callable[[], tuple[transformer.Architecture, tree.Tree]]
+
+
+def of_anchor(found: store.Artefact) -> Subject:
+    """The anchor, as a dense model."""
+    return Subject("anchor", found.manifest["digest"], lambda: store.load_anchor(found))
+
+
+def of_model(model: store.Model, label: str = "model") -> Subject:
+    """A merged model."""
+    return Subject(label, model.tree_digest, lambda: store.load(model))
+
+
+Scores = dict[str, dict[str, bits_per_byte.Score]]  # by label, then by domain
 
 
 def evaluation_stage(
-    config: config_lib.Config,
-    anchor: store.Artefact,
-    model: store.Model | None,
-    corpora: sources.Corpora,
-    directory: epath.Path,
-) -> Comparison:
-    """Scores anchor and model on the validation text of each domain; kept in `directory/evaluation.json`."""
+    config: config_lib.Config, subjects: Sequence[Subject], corpora: sources.Corpora, directory: epath.Path
+) -> Scores:
+    """Scores the subjects on the validation text of each domain; kept in `directory/evaluation.json`."""
     settings = config.evaluation
     texts = {domain: corpora.source(domain, "validation") for domain in settings.domains}
     key = {
-        "anchor": anchor.manifest["digest"],
-        "model": model.tree_digest if model else None,
+        "subjects": {subject.label: subject.digest for subject in subjects},
         "data": {domain: source.digest for domain, source in texts.items()},
         "max_kilobytes": settings.max_kilobytes,
         "seq_len": config.data.seq_len,
@@ -307,18 +317,19 @@ def evaluation_stage(
     saved = workdir.read_json(directory / "evaluation.json")
     if saved is not None and saved["key"] == key:
         say("evaluation: finished, skipped")
-        kept = [{d: bits_per_byte.Score(**saved[side][d]) for d in texts if saved[side]} for side in ("before", "after")]
-        return Comparison(*kept)
-
-    def score(architecture: transformer.Architecture, params: tree.Tree) -> dict[str, bits_per_byte.Score]:
-        scorer = bits_per_byte.Scorer(
-            architecture, params, config.data.seq_len, settings.batch_size, config.train.compute_dtype
-        )
-        return {domain: scorer.score(source, settings.max_kilobytes * 1000) for domain, source in texts.items()}
-
+        return {
+            label: {domain: bits_per_byte.Score(**score) for domain, score in scores.items()}
+            for label, scores in saved["scores"].items()
+        }
     say(f"evaluation: scoring {', '.join(settings.domains)}")
-    result = Comparison(score(*store.load_anchor(anchor)), score(*store.load(model)) if model else {})
-    workdir.write_json(directory / "evaluation.json", {"key": key, **dataclasses.asdict(result)})
+    result = {}
+    for subject in subjects:
+        scorer = bits_per_byte.Scorer(*subject.load(), config.data.seq_len, settings.batch_size, config.train.compute_dtype)
+        result[subject.label] = {
+            domain: scorer.score(source, settings.max_kilobytes * 1000) for domain, source in texts.items()
+        }
+    scores = {label: {d: dataclasses.asdict(score) for d, score in found.items()} for label, found in result.items()}
+    workdir.write_json(directory / "evaluation.json", {"key": key, "scores": scores})
     return result
 
 

@@ -44,6 +44,8 @@ class Corpora:
             self.root = str(self.directory / "corpus")
             if builtin.build(self.root):
                 say("corpus: built from the sources of installed packages")
+        for domain in config.evaluation.domains:  # a missing file is told of now, not after the training
+            corpus.expand(self.data.validation_files, self.root, domain)
         self.tokenizer_file = self._tokenizer_file(tokenizer_file, say)
         self.tokenizer = tokenizer_lib.load(self.tokenizer_file)
 

@@ -125,6 +125,7 @@ def train(
     finally:
         batches.close()
         log.close()
+        checkpoints.close()
     trained = router.constrain(state.trainable)
     steps = int(state.step)
     tokens = steps * tokens_per_step

@@ -134,7 +134,7 @@ def test_tied_head():
     np.testing.assert_allclose(transformer.logits(params, hidden), hidden @ params["embed"]["embedding"].T, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dense", "merged"])
+@pytest.mark.parametrize("name", ["merged"])
 def test_init_abstract_and_axes_describe_the_same_tree(name):
     params, shapes = (
         tree.flatten(transformer.init(ARCHITECTURES[name], 0)),

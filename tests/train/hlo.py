@@ -1,16 +1,18 @@
 """Counts the matrix products of a compiled program.
 
-`cost_analysis` cannot be used: it adds elementwise work and counts a loop's body once. So the optimised HLO is read. On CPU, XLA
-leaves every matrix product as a `dot` instruction, most of them alone in a fusion of kind kCustom that names its kernel; none
-becomes a custom call (asserted). A dot costs 2 * (scalars of its result) * (sizes of the contracted dimensions), times the
-number of times its computation is called, and loops times their trip count.
+`cost_analysis` cannot be used: it adds elementwise work and counts a loop's body once. So the optimised HLO is read. On CPU,
+XLA leaves every matrix product as a `dot` instruction, most of them alone in a fusion of kind kCustom that names its kernel;
+none becomes a custom call (asserted). A dot costs 2 * (scalars of its result) * (sizes of the contracted dimensions), times
+the number of times its computation is called; loops count their trips.
 """
 
 import math
 import re
 
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<operands>.*?)\)(?P<rest>.*)$")
+INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<operands>.*?)\)(?P<rest>.*)$"
+)
 
 
 def _dimensions(shape):

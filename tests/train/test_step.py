@@ -100,7 +100,9 @@ def test_accumulation_equals_one_big_batch(uneven):
     (whole, expected), (parts, found) = tiny.run("pair")(batch), tiny.run("pair", accumulation=4)(batch)
     for key in ("loss", "cross_entropy", "z", "router_z", "gradient_norm", "share", "entropy", "bias"):
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-5, err_msg=key)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), parts.optimizer[1].mu, whole.optimizer[1].mu)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), parts.optimizer[1].mu, whole.optimizer[1].mu
+    )
 
 
 def test_a_batch_without_a_token_that_counts_gives_a_finite_step():
@@ -149,9 +151,7 @@ def joint_loss():
 
 def test_each_part_of_the_loss_is_reported_and_adds_up(joint_loss):
     metrics, _ = joint_loss(0.3, 0.2)
-    expected = (
-        metrics["cross_entropy"] + 1e-2 * metrics["z"] + 0.2 * metrics["router_z"] + 0.3 * metrics["load_balance"]
-    )
+    expected = metrics["cross_entropy"] + 1e-2 * metrics["z"] + 0.2 * metrics["router_z"] + 0.3 * metrics["load_balance"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
     assert all(float(metrics[part]) > 0 for part in ("cross_entropy", "z", "router_z", "load_balance"))
 

@@ -53,9 +53,7 @@ class Letters(tokens.TokenSource):
 
 def stream(batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=0, source=None, prefetch=2):
     """A pipeline over one source."""
-    return pipeline.Pipeline(
-        {"public": source or Letters()}, {"public": 1.0}, seq_len, batch_size, seed, prefetch=prefetch
-    )
+    return pipeline.Pipeline({"public": source or Letters()}, {"public": 1.0}, seq_len, batch_size, seed, prefetch=prefetch)
 
 
 @functools.cache

@@ -1,0 +1,93 @@
+"""What a shell and its user do to commands: odd but legal paths, second starts, pipes, help, Ctrl-C."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import zygote
+from tests.commands.conftest import MATH, snapshot
+
+BROKEN_PIPE, INTERRUPTED = 141, 130
+
+
+def test_second_start_skips_what_is_finished(commands, tiny, house):
+    before = snapshot(house)
+    result = commands.main(MATH, *tiny, f"--workdir={house}", "--json")
+    assert result.code == 0
+    stages = result.err.splitlines()
+    assert [line.split(":")[0] for line in stages] == ["anchor", "expert 'math'", "model", "evaluation"]
+    assert all("finished, skipped" in line for line in stages)
+    lines = result.out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["public", "math"], "the table's order is the config's"
+    assert json.loads(lines[-1])["workdir"] == str(house)
+    after = snapshot(house)
+    assert {name for name in after if after[name] != before.get(name)} <= {"report.png"}
+
+
+def test_odd_but_legal_places(commands, tiny, anchor, corpus, tmp_path):
+    """A relative workdir with spaces, brackets and unicode; a corpus behind a directory that looks like a pattern."""
+    (tmp_path / "corpus [old]").symlink_to(corpus)
+    place = "mein Lauf [é漢]"
+    arguments = [*tiny, f"--config.data.root={tmp_path}/corpus [old]", f"--config.anchor.path={anchor}"]
+    config = f"--config={zygote.ROOT}/configs/math_expert.py"
+    result = commands.main(config, *arguments, f"--workdir={place}", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert (tmp_path / place / "model" / "manifest.json").exists()
+    assert f"--model={place}/model" in result.out
+    shown = commands.merge("verify", f"--model={place}/model", cwd=tmp_path)
+    assert shown.code == 0, shown.err
+
+
+def test_default_workdir(commands, tiny, anchor, tmp_path):
+    config = f"--config={zygote.ROOT}/configs/math_expert.py"
+    result = commands.main(config, *tiny, f"--config.anchor.path={anchor}", "--config.expert.d_ff=65", cwd=tmp_path)
+    assert result.code == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["math_expert-quickstart"]
+
+
+@pytest.mark.parametrize("name", ["main", "merge", "evaluate"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(commands, name, flag):
+    result = getattr(commands, name)(flag, "--nonsense")
+    assert (result.code, result.err) == (0, "")
+    assert f"python -m flexjax.{name}" in result.out
+    assert "--[no]json" in result.out
+    assert "grain" not in result.out, "flags of libraries"
+
+
+def test_pipe_that_is_closed(commands, house):
+    result = commands.merge("show", f"--model={house / 'model'}", stdout=zygote.BROKEN_PIPE)
+    assert (result.code, result.err) == (BROKEN_PIPE, "")
+
+
+def test_disk_full_behind_stdout(commands, house):
+    result = commands.merge("show", f"--model={house / 'model'}", stdout="/dev/full")
+    assert result.code == 6
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+
+
+def test_interrupt(commands, tiny, anchor, tmp_path):
+    """Ctrl-C during training: one line, exit code 130, and the next start continues."""
+    command = [sys.executable, "-m", "flexjax.main", MATH, *tiny, f"--config.anchor.path={anchor}"]
+    command += [f"--workdir={tmp_path / 'run'}", "--config.train.steps=100000", "--config.train.save_every=5"]
+    process = subprocess.Popen(
+        command,
+        cwd=zygote.ROOT,
+        env=commands.main.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        for line in process.stderr:
+            if "step 1/" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == INTERRUPTED, rest
+    last = rest.splitlines()[-1]
+    assert last.startswith("stopped: ") and "start the same command again" in last
+    assert "Traceback" not in rest
