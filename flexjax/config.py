@@ -223,18 +223,17 @@ def check_field(path: str) -> Any:
 def check(config: Any, where: str = "config") -> None:
     """Raises ConfigError for the first value that is not of its field's type or too small; a config file may set anything."""
     for field in dataclasses.fields(config):
-        value, kind, path = getattr(config, field.name), field.type, f"{where}.{field.name}"
+        kind: Any = field.type
+        value, path = getattr(config, field.name), f"{where}.{field.name}"
         least = field.metadata.get("least")
-        if dataclasses.is_dataclass(kind):
-            expected, fits = kind.__name__, type(value) is kind
-        elif kind == tuple[str, ...]:
+        if kind == tuple[str, ...]:
             expected, fits = "tuple of strings", isinstance(value, tuple) and all(isinstance(item, str) for item in value)
         elif kind is int:
             least = 1 if least is None else least
             expected, fits = f"int of at least {least}", type(value) is int and value >= least
         elif kind is float:
             expected, fits = "finite float of at least 0", type(value) in (int, float) and 0 <= value < math.inf
-        else:
+        else:  # a string, a bool or a sub-config
             expected, fits = kind.__name__, type(value) is kind
         if not fits:
             raise errors.ConfigError(f"{path} is {value!r:.80}, expected: {expected}; correct the flag or the config file")

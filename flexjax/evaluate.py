@@ -16,7 +16,7 @@ from flexjax import config as config_lib
 from flexjax.data import corpus, tokens
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.eval import bits_per_byte
-from flexjax.experts import store
+from flexjax.experts import models, store
 from flexjax.model import router
 
 MODEL = flags.DEFINE_string("model", None, "A merged model or an anchor.")
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     if not MODEL.value or not DATA.value:
         raise errors.ConfigError("evaluate needs --model=DIR and --data=NAME=PATH")
     texts = _texts(DATA.value)
-    anchor, architecture, params = store.load_any(MODEL.value, TOP_K.value)
+    anchor, architecture, params = models.load_any(MODEL.value, TOP_K.value)
     if TOP_K.value not in (None, architecture.top_k):
         raise errors.ConfigError(f"--top_k={TOP_K.value}: {MODEL.value} is an anchor and has one expert; leave the flag out")
     experts = list(architecture.experts) if EXPERTS.value is None else EXPERTS.value

@@ -17,7 +17,7 @@ from absl import flags
 
 from flexjax import command, errors
 from flexjax.data import tokenizer as tokenizer_lib
-from flexjax.experts import store
+from flexjax.experts import models, store
 from flexjax.inference import decode
 
 MODEL = flags.DEFINE_string("model", None, "A merged model or an anchor.")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --model=DIR --prompt=TEXT")
     if not MODEL.value or PROMPT.value is None:
         raise errors.ConfigError("generate needs --model=DIR and --prompt=TEXT")
-    anchor, architecture, params = store.load_any(MODEL.value)
+    anchor, architecture, params = models.load_any(MODEL.value)
     tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
     request = decode.Request(
         prompt=tokenizer.encode(_text(PROMPT.value)).tolist(),

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from flexjax import command, errors, memory, report, stages, workdir
 from flexjax import config as config_lib
 from flexjax.data import sources
-from flexjax.experts import manifest, store
+from flexjax.experts import manifest, models, store
 from flexjax.train import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The job: configs/NAME.py[:variant].")
@@ -115,7 +115,7 @@ def _joint(config: config_lib.Config, directory: epath.Path, options: loop.Optio
 
 
 def _router(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
-    start = store.open_model(config.mixture.model_path)
+    start = models.open_model(config.mixture.model_path)
     config.model = store.config_of(start.anchor)
     config.mixture.experts = tuple(start.bundles)
     stages.claim(config, directory, options)

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from flexjax import command, errors, workdir
-from flexjax.experts import compatibility, store
+from flexjax.experts import compatibility, models, store
 from flexjax.experts import manifest as manifest_lib
 
 MODEL = flags.DEFINE_string("model", None, "The merged model (verify and show also take an anchor or a bundle).")
@@ -59,7 +59,7 @@ def create() -> dict[str, Any]:
     if DRY_RUN.value:
         print("dry run: everything fits, nothing was written")
         return result
-    model = store.write_model(target, anchor, {bundle.manifest["name"]: bundle for bundle in bundles}, top_k)
+    model = models.write_model(target, anchor, {bundle.manifest["name"]: bundle for bundle in bundles}, top_k)
     print(f"{target}: {', '.join(['public', *sorted(model.bundles)])}; top_k {top_k}; tree digest {model.tree_digest}")
     return result | {"tree_digest": model.tree_digest}
 
@@ -68,17 +68,17 @@ def remove() -> dict[str, Any]:
     """Takes one expert out: in place its bytes are deleted; with --out the other model keeps them."""
     if not NAME.value:
         raise errors.ConfigError("remove needs --name=NAME")
-    model = store.open_model(MODEL.value)
-    store.check_known(model, NAME.value)
+    model = models.open_model(MODEL.value)
+    models.check_known(model, NAME.value)
     if DRY_RUN.value:
         print(f"dry run: '{NAME.value}' would be removed from {OUT.value or MODEL.value}")
         return {}
     if OUT.value:
         kept = {name: bundle for name, bundle in model.bundles.items() if name != NAME.value}
-        smaller = store.write_model(OUT.value, model.anchor, kept, store.remaining_top_k(model))
+        smaller = models.write_model(OUT.value, model.anchor, kept, models.remaining_top_k(model))
     else:
         with workdir.lock(model.directory):
-            smaller = store.remove_expert(model, NAME.value)
+            smaller = models.remove_expert(model, NAME.value)
     left = ", ".join(["public", *sorted(smaller.bundles)])
     print(f"{smaller.directory}: removed '{NAME.value}', left {left}; tree digest {smaller.tree_digest}")
     return {"tree_digest": smaller.tree_digest}
@@ -91,7 +91,7 @@ def verify() -> dict[str, Any]:
         artefact.verify()
         print(f"{artefact.label}: {len(artefact.manifest['tensors'])} tensors sound, digest {artefact.manifest['digest']}")
     if model is not None:
-        store.check_listing(model)
+        models.check_listing(model)
         print(f"{model.directory}: tree digest {model.tree_digest}")
     digests = {artefact.label: artefact.manifest["digest"] for artefact in artefacts}
     return {"sound": True, "digests": digests} | ({"tree_digest": model.tree_digest} if model else {})
@@ -113,13 +113,13 @@ def show() -> dict[str, Any]:
 SHOWN = ("steps", "tokens", "flops", "documents", "public_fraction")
 
 
-def _open(directory: epath.Path) -> tuple[store.Model | None, list[store.Artefact]]:
+def _open(directory: epath.Path) -> tuple[models.Model | None, list[store.Artefact]]:
     kind = manifest_lib.kind(directory)
     if kind == "anchor":
         return None, [store.open_anchor(directory)]
     if kind == "expert":
         return None, [store.open_bundle(directory, None)]
-    model = store.open_model(directory)
+    model = models.open_model(directory)
     return model, [model.anchor, *[model.bundles[name] for name in sorted(model.bundles)]]
 
 

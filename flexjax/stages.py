@@ -16,7 +16,7 @@ from flexjax import config as config_lib
 from flexjax import errors, tree, workdir
 from flexjax.data import sources, tokens
 from flexjax.eval import bits_per_byte
-from flexjax.experts import domains, manifest, slices, store, surgery
+from flexjax.experts import domains, manifest, models, slices, store, surgery
 from flexjax.model import transformer
 from flexjax.train import loop
 
@@ -151,7 +151,7 @@ def expert_stage(
     fraction = config.expert.public_fraction
     if not 0 <= fraction < 1:
         raise errors.ConfigError(f"expert.public_fraction={fraction} must lie in [0, 1)")
-    dense, params = store.load_anchor(anchor)
+    dense, params = models.load_anchor(anchor)
     public = store.public_expert(anchor)
     source = corpora.source(name)
     say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
@@ -204,12 +204,12 @@ def mixture_weights(mixture: config_lib.MixtureConfig) -> dict[str, float]:
 
 def joint_stage(
     config: config_lib.Config, anchor: store.Artefact, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
-) -> store.Model:
+) -> models.Model:
     """Upcycles the anchor to one expert per domain and trains everything together; writes `directory/model`."""
     home = directory / "model"
     if _finished(home):
         say(f"joint model: finished, skipped; {home}")
-        return store.open_model(home)
+        return models.open_model(home)
     names = config.mixture.experts
     public = store.public_expert(anchor)
     rng = np.random.default_rng(config.seed)
@@ -237,20 +237,20 @@ def joint_stage(
     rows, facts = anchor.manifest["rows"], facts | {"seed": config.seed, "parent": anchor.manifest["digest"]}
     new = store.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=rows, training=facts)
     bundles = {name: store.write_bundle(parts / name, name, new, experts[name], facts) for name in names}
-    model = store.write_model(home, new, bundles, config.mixture.top_k)
+    model = models.write_model(home, new, bundles, config.mixture.top_k)
     _discard(parts)
     return model
 
 
 def router_stage(
-    config: config_lib.Config, start: store.Model, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
-) -> store.Model:
+    config: config_lib.Config, start: models.Model, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
+) -> models.Model:
     """Trains rows and biases of a merged model, all experts active; writes `directory/model` with new bundles."""
     home = directory / "model"
     if _finished(home):
         say(f"router-tuned model: finished, skipped; {home}")
-        return store.open_model(home)
-    architecture, params = store.load(start, top_k=len(start.bundles) + 1)
+        return models.open_model(home)
+    architecture, params = models.load(start, top_k=len(start.bundles) + 1)
     _check_carried(params, config.train.trainable)
     stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
     trained, facts = loop.train(
@@ -263,19 +263,19 @@ def router_stage(
     for name, bundle in start.bundles.items():
         provenance = facts | {"router_tuned_with": sorted(start.bundles), "parent": bundle.manifest["digest"]}
         bundles[name] = store.write_bundle(parts / name, name, start.anchor, experts[name], provenance)
-    model = store.write_model(home, start.anchor, bundles, start.manifest["top_k"])
+    model = models.write_model(home, start.anchor, bundles, start.manifest["top_k"])
     _discard(parts)
     return model
 
 
-def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath.Path) -> store.Model:
+def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath.Path) -> models.Model:
     """Merges the new bundle with its anchor as `directory/model`."""
     home = directory / "model"
     if _finished(home):
-        found = store.open_model(home)
+        found = models.open_model(home)
         say(f"model: finished, skipped; tree digest {found.tree_digest[:12]}")
         return found
-    found = store.write_model(home, anchor, {bundle.manifest["name"]: bundle}, top_k=2)
+    found = models.write_model(home, anchor, {bundle.manifest["name"]: bundle}, top_k=2)
     say(f"model: written to {home}, tree digest {found.tree_digest[:12]}")
     return found
 
@@ -291,12 +291,12 @@ class Subject:
 
 def of_anchor(found: store.Artefact) -> Subject:
     """The anchor, as a dense model."""
-    return Subject("anchor", found.manifest["digest"], lambda: store.load_anchor(found))
+    return Subject("anchor", found.manifest["digest"], lambda: models.load_anchor(found))
 
 
-def of_model(model: store.Model, label: str = "model") -> Subject:
+def of_model(model: models.Model, label: str = "model") -> Subject:
     """A merged model."""
-    return Subject(label, model.tree_digest, lambda: store.load(model))
+    return Subject(label, model.tree_digest, lambda: models.load(model))
 
 
 Scores = dict[str, dict[str, bits_per_byte.Score]]  # by label, then by domain

@@ -1,8 +1,7 @@
-"""Anchors, bundles and merged models on disk.
+"""Anchors and bundles on disk.
 
     ANCHOR/   manifest.json  tokenizer.*  tensors/{embed,layers,head,expert,statistics}/...
     BUNDLE/   manifest.json               tensors/expert/{ffn,router}/...
-    MODEL/    manifest.json  anchor/  experts/<digest>/
 
 What a manifest does not name does not exist. Bytes are hashed as they are read: what was verified is what is used.
 """
@@ -178,7 +177,7 @@ def write_anchor(
 
     An anchor imported from a folder that has no tokenizer has none either (`tokenizer_file` None).
     """
-    home = _fresh(directory)
+    home = fresh(directory)
     tokenizer = None
     if tokenizer_file is not None:
         source = epath.Path(tokenizer_file)
@@ -271,7 +270,7 @@ def stream_bundle(
 ) -> Artefact:
     """Writes one expert slice by slice: `tensors(writer)` puts expert/, whose content the caller has checked."""
     manifest_lib.check_name(name)
-    home = _fresh(directory)
+    home = fresh(directory)
     writer = slices.TensorWriter(home)
     tensors(writer)
     manifest = {
@@ -316,45 +315,9 @@ def _stated_shape(bundle: Artefact) -> tuple[int, int]:
     return layers, d_model
 
 
-@dataclasses.dataclass
-class Model:
-    """A merged model on disk: the anchor, and bundles by name."""
-
-    directory: epath.Path
-    manifest: manifest_lib.Manifest
-    anchor: Artefact
-    bundles: dict[str, Artefact]
-
-    @property
-    def tree_digest(self) -> str:
-        """Covers the anchor, every expert and top_k; independent of time, host, order and history."""
-        return self.manifest["digest"]
-
-
-def write_model(directory: epath.PathLike, anchor: Artefact, bundles: dict[str, Artefact], top_k: int) -> Model:
-    """Copies an anchor and bundles into a model directory, verifying every byte, and commits with the manifest."""
-    home = _fresh(directory)
-    copy(anchor, home / "anchor")
-    for bundle in bundles.values():
-        copy(bundle, home / "experts" / bundle.manifest["digest"])
-    write_model_manifest(home, anchor, bundles, top_k)
-    return open_model(home)
-
-
-def write_model_manifest(home: epath.Path, anchor: Artefact, bundles: dict[str, Artefact], top_k: int) -> None:
-    """Commits a model: from here on, exactly these experts exist."""
-    manifest = {
-        "kind": "model",
-        "anchor": anchor.manifest["digest"],
-        "experts": {name: bundle.manifest["digest"] for name, bundle in bundles.items()},
-        "top_k": top_k,
-    }
-    manifest_lib.write(home, manifest_lib.seal(manifest))
-
-
 def copy(artefact: Artefact, target: epath.Path) -> None:
     """Copies an artefact through verified reads; the manifest comes last."""
-    home = _fresh(target)
+    home = fresh(target)
     writer = slices.TensorWriter(home)
     for path, entry in artefact.manifest["tensors"].items():
         pieces = artefact.slices_of(path)
@@ -371,89 +334,7 @@ def _checked(pieces: Iterator[np.ndarray], path: str, label: str) -> Iterator[np
         yield piece
 
 
-def open_model(directory: epath.PathLike) -> Model:
-    """Opens a merged model: all manifests and schemas are checked, tensors when they are read."""
-    home = epath.Path(directory)
-    manifest = manifest_lib.read(home, "model")
-    anchor = open_anchor(home / "anchor")
-    if anchor.manifest["digest"] != manifest["anchor"]:
-        raise errors.IntegrityError(
-            f"{home}/anchor has digest {anchor.manifest['digest'][:12]}, the model names {str(manifest['anchor'])[:12]}"
-        )
-    config = config_of(anchor)
-    bundles = {}
-    for name, digest in manifest["experts"].items():
-        if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise errors.IntegrityError(f"{home}: the digest of expert '{name[:63]}' is no SHA-256")
-        bundle = open_bundle(home / "experts" / digest, config)
-        if bundle.manifest["digest"] != digest or bundle.manifest["name"] != name:
-            raise errors.IntegrityError(f"{bundle.label} is not the expert '{name}' that {home} names; restore it")
-        if bundle.manifest["anchor"] != manifest["anchor"]:
-            raise errors.IntegrityError(f"{bundle.label} was trained on anchor {bundle.manifest['anchor'][:12]}, not this one")
-        bundles[name] = bundle
-    if not isinstance(manifest["top_k"], int) or not 1 <= manifest["top_k"] <= len(bundles) + 1:
-        raise errors.IntegrityError(f"{home}: top_k is {str(manifest['top_k'])[:20]}, expected 1 to {len(bundles) + 1}")
-    return Model(home, manifest, anchor, bundles)
-
-
-def load(model: Model, top_k: int | None = None) -> tuple[transformer.Architecture, tree.Tree]:
-    """Reads a merged model into memory, as float32 NumPy arrays or the published dtype, in the standard banks."""
-    experts = {config_lib.PUBLIC: public_expert(model.anchor)}
-    for name, bundle in model.bundles.items():
-        experts[name] = bundle.tensors("expert")
-        for path, leaf in tree.flatten(experts[name]).items():
-            check_content(path, leaf, bundle.label)
-    params, banks = surgery.join(model.anchor.shared(), experts)
-    return surgery.architecture(config_of(model.anchor), banks, model.manifest["top_k"] if top_k is None else top_k), params
-
-
-def load_anchor(anchor: Artefact) -> tuple[transformer.Architecture, tree.Tree]:
-    """Reads an anchor into memory as a dense model."""
-    params, banks = surgery.join(anchor.shared(), {config_lib.PUBLIC: public_expert(anchor)})
-    return surgery.architecture(config_of(anchor), banks, 1), params
-
-
-def check_known(model: Model, name: str) -> None:
-    """Raises PolicyError if the model has no such expert, ConfigError if it is the anchor's own."""
-    if name == config_lib.PUBLIC:
-        raise errors.ConfigError("'public' is the anchor's own expert and cannot be removed")
-    if name not in model.bundles:
-        known = ", ".join(sorted(model.bundles)) or "none but public"
-        raise errors.PolicyError(f"no expert '{name}' in {model.directory}; it has {known}")
-
-
-def remaining_top_k(model: Model) -> int:
-    """Experts per token once one expert is gone."""
-    return min(model.manifest["top_k"], len(model.bundles))
-
-
-def remove_expert(model: Model, name: str) -> Model:
-    """Takes an expert out of a model in place: the manifest is replaced, then the expert's bytes are deleted."""
-    check_known(model, name)
-    kept = {other: bundle for other, bundle in model.bundles.items() if other != name}
-    write_model_manifest(model.directory, model.anchor, kept, remaining_top_k(model))
-    smaller = open_model(model.directory)
-    for entry in _unnamed(smaller):
-        entry.rmtree()
-    return smaller
-
-
-def check_listing(model: Model) -> None:
-    """Raises IntegrityError if a model's directory holds what its manifest does not name."""
-    known = {manifest_lib.FILE, "anchor", "experts", ".lock"}
-    stray = [entry for entry in model.directory.iterdir() if entry.name not in known] + _unnamed(model)
-    for entry in stray:
-        raise errors.IntegrityError(f"{entry} is not named by the manifest of {model.directory}; remove it")
-
-
-def _unnamed(model: Model) -> list[epath.Path]:
-    """Directories of experts that the manifest does not name: what an interrupted operation left."""
-    kept = {bundle.manifest["digest"] for bundle in model.bundles.values()}
-    experts = model.directory / "experts"
-    return [entry for entry in experts.iterdir() if entry.name not in kept] if experts.exists() else []
-
-
-def _fresh(directory: epath.PathLike) -> epath.Path:
+def fresh(directory: epath.PathLike) -> epath.Path:
     """An empty directory to write to, holding the manifest's partial file until the manifest replaces it.
 
     What an interrupted write left behind is known by that file and swept; anything else is never overwritten.
@@ -472,12 +353,3 @@ def _fresh(directory: epath.PathLike) -> epath.Path:
     except OSError as error:
         raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
     return home
-
-
-def load_any(directory: epath.PathLike, top_k: int | None = None) -> tuple[Artefact, transformer.Architecture, tree.Tree]:
-    """Reads a merged model or an anchor into memory; returns (its anchor, what the parameters mean, the parameters)."""
-    if manifest_lib.kind(directory) == "anchor":
-        anchor = open_anchor(directory)
-        return anchor, *load_anchor(anchor)
-    model = open_model(directory)
-    return model.anchor, *load(model, top_k)

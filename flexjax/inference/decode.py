@@ -88,7 +88,7 @@ class Decoder:
     """A model ready to generate: weights in serving layout and the two programs that use them.
 
     Args:
-      params: the tree of `transformer.init` or `store.load`.
+      params: the tree of `transformer.init` or `models.load`.
       architecture: what it means.
       eos_id: the token that separates documents: context of every prompt, and end of every answer.
       vocab_size: ids from here on are padding of the vocabulary and never drawn; None: all may be.

@@ -74,8 +74,9 @@ def train(
     step_function = step_lib.make_step(architecture, compute, settings, optimizer, head in tree.flatten(trainable))
     train_step = jax.jit(step_function, donate_argnums=0)
 
-    workdir.need_space(directory, checkpoint_lib.size(state) * (settings.keep + 1), f"{settings.keep} checkpoints")
     checkpoints = checkpoint_lib.Checkpoints(directory / "checkpoints", settings.keep)
+    missing = max(1, settings.keep + 1 - len(checkpoints.steps()))  # one more than are kept, while it is written
+    workdir.need_space(directory, checkpoint_lib.size(state) * missing, f"{missing} checkpoints")
     facts = {"config": config_lib.to_dict(config), "data": pipeline.identity() | {"origin": origin}}
     state = _resume(checkpoints, state, facts, options)
     start = int(state.step)

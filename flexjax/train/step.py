@@ -39,8 +39,9 @@ class TrainState:
 
 def init_state(trainable: tree.Tree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: each is donated
-    return TrainState(trainable, optimizer.init(trainable), *counts, jnp.zeros((), jnp.float32))
+    step, updates, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each is donated
+    norm_mean = jnp.zeros((), jnp.float32)
+    return TrainState(trainable, optimizer.init(trainable), step, updates, bad_steps, norm_mean)
 
 
 def sequence_losses(

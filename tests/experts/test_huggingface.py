@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
-from flexjax.experts import store, surgery
+from flexjax.experts import models, store, surgery
 from flexjax.experts.huggingface import biasless, exporting, importing
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import safetensors_io as io
@@ -83,7 +83,7 @@ def make_model(
         name: store.write_bundle(home / "parts" / name, name, anchor, draw_expert(width, seed, bias), {})
         for seed, (name, width) in enumerate({"zz": CONFIG.d_ff, "aa": d_ff}.items(), 1)
     }
-    store.write_model(home / "model", anchor, bundles, 2)
+    models.write_model(home / "model", anchor, bundles, 2)
     return home / "model"
 
 
@@ -131,7 +131,7 @@ def test_a_trained_model_comes_back_bit_for_bit(tmp_path):
     assert (config["num_experts"], config["num_experts_per_tok"], config["eos_token_id"]) == (3, 2, 256)
     assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
     importing.import_folder(tmp_path / "hf", tmp_path / "back", report["experts"])
-    before, after = store.open_model(source), store.open_model(tmp_path / "back")
+    before, after = models.open_model(source), models.open_model(tmp_path / "back")
     assert set(before.bundles) == set(after.bundles)
     for one, two in [(before.anchor, after.anchor), *((before.bundles[n], after.bundles[n]) for n in before.bundles)]:
         kept = {path: entry for path, entry in one.manifest["tensors"].items() if not path.startswith("statistics/")}
@@ -141,8 +141,8 @@ def test_a_trained_model_comes_back_bit_for_bit(tmp_path):
 
 
 def test_a_sole_public_expert_and_top_k_beyond_the_experts(tmp_path):
-    whole = store.open_model(make_model(tmp_path))
-    store.write_model(tmp_path / "sole", whole.anchor, {}, 1)
+    whole = models.open_model(make_model(tmp_path))
+    models.write_model(tmp_path / "sole", whole.anchor, {}, 1)
     exporting.export_folder(tmp_path / "sole", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["architectures"] == ["FlexOlmoForCausalLM"] and config["num_experts"] == 1
@@ -154,7 +154,7 @@ def test_names(tmp_path):
     source = folders.write_golden(tmp_path / "hf", "moe5_gqa_tied")
     names = ["public", "math", "code", "news", "arts"]
     assert importing.import_folder(source, tmp_path / "named", names)["experts"] == names
-    model = store.open_model(tmp_path / "named")
+    model = models.open_model(tmp_path / "named")
     state = read_all(source)
     np.testing.assert_array_equal(
         model.bundles["code"].tensor("expert/ffn/down")[1], state["model.layers.1.mlp.experts.2.down_proj.weight"].T
@@ -328,7 +328,7 @@ def test_folding_a_bias_changes_less_than_dropping_it(states, tmp_path):
     assert fold["fitted_on"] == ("the anchor's public states" if states else "the sample")
     assert fold["mean_logit_difference"] < 0.5 * drop["mean_logit_difference"]
     assert fold["bits_per_byte_before"] == drop["bits_per_byte_before"] > 0
-    model = store.open_model(source)
+    model = models.open_model(source)
     rows = biasless.routers_of(model.anchor, model.bundles).rows
     exported = read_all(tmp_path / "drop")["model.layers.0.mlp.gate.weight"]
     np.testing.assert_array_equal(exported, rows[0])
@@ -343,16 +343,16 @@ def test_folding_a_bias_changes_less_than_dropping_it(states, tmp_path):
 
 def test_the_streamed_forward_is_the_forward(tmp_path):
     source = make_model(tmp_path, bias=-0.5)
-    model = store.open_model(source)
+    model = models.open_model(source)
     tokens = np.random.default_rng(3).integers(CONFIG.vocab_size, size=40)
     routers = biasless.routers_of(model.anchor, model.bundles)
     ours = biasless.stream(model.anchor, model.bundles, [routers, routers.dropped()], 2, tokens)
-    architecture, params = store.load(model)
+    architecture, params = models.load(model)
     np.testing.assert_allclose(ours[0], folders.logits(architecture, params, [tokens], 2)[0], atol=2e-4, rtol=0)
     for bank in architecture.banks[1:]:
         params["experts"][bank.name]["router"]["bias"] = np.zeros((CONFIG.num_layers, len(bank.experts)), np.float32)
     np.testing.assert_allclose(ours[1], folders.logits(architecture, params, [tokens], 2)[0], atol=2e-4, rtol=0)
-    anchor, params = store.load_anchor(model.anchor)
+    anchor, params = models.load_anchor(model.anchor)
     public = biasless.stream(model.anchor, {}, [None], 1, tokens)
     np.testing.assert_allclose(public[0], folders.logits(anchor, params, [tokens], 1)[0], atol=2e-4, rtol=0)
     assert surgery.group({"public": draw_expert(24, 0, None)}) == {"public": ("public",)}
@@ -363,7 +363,7 @@ def test_without_a_tokenizer_the_comparison_takes_random_tokens(tmp_path):
     report = exporting.export_folder(source, tmp_path / "hf", "drop")["bias"]
     assert "bits_per_token_after" in report and "bits_per_byte_after" not in report
     with pytest.raises(errors.ConfigError, match="no tokenizer"):
-        store.tokenizer_path(store.open_model(source).anchor)
+        store.tokenizer_path(models.open_model(source).anchor)
     (tmp_path / "text").write_text("some text")
     with pytest.raises(errors.ConfigError, match="this anchor has none"):
         exporting.export_folder(source, tmp_path / "no", "drop", tmp_path / "text")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flexjax.experts import store
+from flexjax.experts import models, store
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import links
 from flexjax.experts.huggingface import safetensors_io as io
@@ -72,7 +72,7 @@ def _equal(one: io.Stored, two: io.Stored) -> bool:
 
 def with_bias(source: epath.Path, target: epath.Path) -> None:
     """Moves an imported model to `target` with a bias on every expert."""
-    model = store.open_model(source)
+    model = models.open_model(source)
     target.mkdir()
     bundles = {}
     for name, bundle in model.bundles.items():
@@ -88,7 +88,7 @@ def with_bias(source: epath.Path, target: epath.Path) -> None:
         new.directory.rename(target / "experts" / new.manifest["digest"])
         bundles[name] = new
     (source / "anchor").rename(target / "anchor")
-    store.write_model_manifest(target, model.anchor, bundles, model.manifest["top_k"])
+    models.write_model_manifest(target, model.anchor, bundles, model.manifest["top_k"])
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import tensorstore
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import slices, store, surgery
+from flexjax.experts import models, slices, store, surgery
 from flexjax.model import transformer
 from tests.model import noise
 
@@ -49,7 +49,7 @@ def artefacts(home):
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("store")
     anchor, bundles = artefacts(home)
-    store.write_model(home / "model", anchor, bundles, top_k=2)
+    models.write_model(home / "model", anchor, bundles, top_k=2)
     return home
 
 
@@ -71,10 +71,10 @@ def verify(directory):
         return store.open_anchor(directory).verify()
     if kind == "expert":
         return store.open_bundle(directory, CONFIG).verify()
-    model = store.open_model(directory)
+    model = models.open_model(directory)
     for artefact in (model.anchor, *model.bundles.values()):
         artefact.verify()
-    return store.check_listing(model)
+    return models.check_listing(model)
 
 
 def test_everything_comes_back_bit_for_bit(home):
@@ -84,10 +84,10 @@ def test_everything_comes_back_bit_for_bit(home):
     assert store.config_of(anchor) == CONFIG and anchor.manifest["training"] == {"steps": 3}
     bundle = store.open_bundle(home / "beta", CONFIG)
     assert equal(bundle.tensors("expert"), EXPERTS["beta"]) and bundle.manifest["d_ff"] == 3
-    architecture, params = store.load(store.open_model(home / "model"))
+    architecture, params = models.load(models.open_model(home / "model"))
     assert (architecture.banks, architecture.top_k) == (surgery.join(SHARED, EXPERTS)[1], 2)
     assert equal(params, surgery.join(SHARED, EXPERTS)[0])
-    architecture, params = store.load_anchor(anchor)
+    architecture, params = models.load_anchor(anchor)
     assert architecture.experts == ("public",) and equal(params, surgery.join(SHARED, {"public": EXPERTS["public"]})[0])
     for name in ("anchor", "alpha", "beta", "gamma", "model"):
         verify(home / name)
@@ -121,18 +121,18 @@ def test_digest_of_a_model_knows_no_order_and_no_history(home, tmp_path):
     anchor = store.open_anchor(home / "anchor")
     bundles = {name: store.open_bundle(home / name, CONFIG) for name in ("alpha", "beta", "gamma")}
     digests = {
-        store.write_model(tmp_path / "".join(order), anchor, {name: bundles[name] for name in order}, 2).tree_digest
+        models.write_model(tmp_path / "".join(order), anchor, {name: bundles[name] for name in order}, 2).tree_digest
         for order in itertools.permutations(bundles)
     }
-    assert digests == {store.open_model(home / "model").tree_digest}
-    without = store.write_model(tmp_path / "without", anchor, {n: bundles[n] for n in ("alpha", "gamma")}, 2).tree_digest
-    model = store.remove_expert(store.open_model(tmp_path / "alphabetagamma"), "beta")
+    assert digests == {models.open_model(home / "model").tree_digest}
+    without = models.write_model(tmp_path / "without", anchor, {n: bundles[n] for n in ("alpha", "gamma")}, 2).tree_digest
+    model = models.remove_expert(models.open_model(tmp_path / "alphabetagamma"), "beta")
     assert model.tree_digest == without and without not in digests
     assert sorted(os.listdir(tmp_path / "alphabetagamma" / "experts")) == sorted(
         bundles[name].manifest["digest"] for name in ("alpha", "gamma")
     )
     verify(tmp_path / "alphabetagamma")
-    other_top_k = store.write_model(tmp_path / "top", anchor, {n: bundles[n] for n in ("alpha", "gamma")}, 1)
+    other_top_k = models.write_model(tmp_path / "top", anchor, {n: bundles[n] for n in ("alpha", "gamma")}, 1)
     assert other_top_k.tree_digest != without
 
 
@@ -258,11 +258,11 @@ def test_a_damaged_expert_is_named_and_not_loaded(copy):
     digest = store.open_bundle(copy / "beta", CONFIG).manifest["digest"]
     path = copy / "model" / "experts" / digest / "tensors" / "expert" / "ffn" / "up" / "c" / "1" / "0" / "0"
     path.write_bytes(path.read_bytes()[::-1])
-    model = store.open_model(copy / "model")
+    model = models.open_model(copy / "model")
     with pytest.raises(errors.IntegrityError, match=r"expert 'beta'.*tensor expert/ffn/up, slice 1"):
-        store.load(model)
+        models.load(model)
     with pytest.raises(errors.IntegrityError, match="expert/ffn/up"):
-        store.write_model(copy / "again", model.anchor, model.bundles, 2)
+        models.write_model(copy / "again", model.anchor, model.bundles, 2)
     assert not (copy / "again" / manifest_lib.FILE).exists()
 
 
@@ -351,14 +351,14 @@ def test_models_whose_parts_do_not_belong_together_are_refused(copy):
         model = shutil.copytree(copy / "model", copy / f"model{number}")
         forge(model, change)
         with pytest.raises(errors.IntegrityError, match=message):
-            store.open_model(model)
+            models.open_model(model)
     stranger = {**store.open_anchor(copy / "anchor").manifest, "digest": "e" * 64}
     strange_anchor = dataclasses.replace(store.open_anchor(copy / "anchor"), manifest=stranger)
     foreign = store.write_bundle(copy / "foreign", "beta", strange_anchor, EXPERTS["beta"], {})
     shutil.copytree(foreign.directory, copy / "model" / "experts" / foreign.manifest["digest"])
     forge(copy / "model", lambda m: m["experts"].update(beta=foreign.manifest["digest"]))
     with pytest.raises(errors.IntegrityError, match="was trained on anchor eeeeeeeeeeee"):
-        store.open_model(copy / "model")
+        models.open_model(copy / "model")
 
 
 @pytest.mark.parametrize(("path", "value", "message"), [
@@ -376,7 +376,7 @@ def test_bad_numbers_are_refused_when_written_and_when_read(home, tmp_path, path
     with pytest.raises(errors.IntegrityError, match=message):
         sneaky.verify()
     with pytest.raises(errors.IntegrityError, match=message):
-        store.write_model(tmp_path / "model", anchor, {"alpha": sneaky}, 2)
+        models.write_model(tmp_path / "model", anchor, {"alpha": sneaky}, 2)
     assert not (tmp_path / "model" / manifest_lib.FILE).exists()
 
 

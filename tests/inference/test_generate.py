@@ -9,7 +9,7 @@ import pytest
 
 from flexjax import config as config_lib
 from flexjax.data import tokenizer as tokenizer_lib
-from flexjax.experts import store, surgery
+from flexjax.experts import models, store, surgery
 from flexjax.inference import decode
 from flexjax.model import transformer
 from tests.model import noise
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
         lambda writer: writer.put_tree({**shared, "expert": experts["public"]}), rows="random", training={},
     )  # fmt: skip
     bundles = {name: store.write_bundle(home / name, name, anchor, experts[name], {}) for name in ("alpha", "beta")}
-    store.write_model(home / "model", anchor, bundles, top_k=2)
+    models.write_model(home / "model", anchor, bundles, top_k=2)
     return home
 
 
@@ -57,7 +57,7 @@ def test_text_streams_and_json_comes_last(model):
     assert end == "" and "\n".join(shown) == prompt + result["text"]
     assert result["experts"] == ["public", "alpha"] and result["prompt"] == prompt
     assert b"tokens in" in done.stderr
-    anchor, architecture, params = store.load_any(model / "model")
+    anchor, architecture, params = models.load_any(model / "model")
     tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
     decoder = decode.Decoder(params, architecture, tokenizer.eos_id, tokenizer.vocab_size)
     request = decode.Request(tokenizer.encode(prompt).tolist(), ("public", "alpha"), 1.0, 50, 0.95, 3)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from flexjax.experts import store, surgery
+from flexjax.experts import models, store, surgery
 from flexjax.model import router, transformer
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -68,8 +68,8 @@ def fuse(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def load(directory: pathlib.Path) -> tuple[transformer.Architecture, dict]:
     if (directory / "anchor").exists():
-        return store.load(store.open_model(directory))
-    return store.load_anchor(store.open_anchor(directory))
+        return models.load(models.open_model(directory))
+    return models.load_anchor(store.open_anchor(directory))
 
 
 def logits(

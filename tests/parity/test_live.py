@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from flexjax.data import tokenizer as tokenizer_lib
-from flexjax.experts import store
+from flexjax.experts import models, store
 from flexjax.experts.huggingface import exporting, importing
-from tests.experts import test_huggingface as models
+from tests.experts import test_huggingface as made
 from tests.parity import folders
 
 pytestmark = pytest.mark.live
@@ -47,9 +47,9 @@ def loaded(built, tmp_path_factory):
     for name in BUILT:
         importing.import_folder(built / name, home / f"{name}_ours")
         sources[name] = home / f"{name}_ours", None
-    sources["trained"] = models.make_model(home / "trained"), None
+    sources["trained"] = made.make_model(home / "trained"), None
     sources["anchor"] = home / "trained" / "model" / "anchor", None
-    sources["folded"] = models.make_model(home / "biased", bias=-3.0), "fold"
+    sources["folded"] = made.make_model(home / "biased", bias=-3.0), "fold"
     for name, (source, bias) in sources.items():
         exporting.export_folder(source, home / name / "hf", bias)
     reference("check", home / "report", *(home / name / "hf" for name in sources))
@@ -80,7 +80,7 @@ def test_imported_folders_compute_what_transformers_computes(name, built, loaded
     with np.load(built / f"{name.removesuffix('_fused')}.npz") as archive:
         facts = dict(archive)
     ours = loaded[name][0]
-    model = store.open_model(ours) if (ours / "anchor").exists() else None
+    model = models.open_model(ours) if (ours / "anchor").exists() else None
     names = ["public", *(sorted(model.bundles) if model else [])]
     for what, error in folders.check_case(facts, ours, names).items():
         assert error < folders.TOLERANCE, f"{name} {what}: relative error {error:.1e}"
@@ -105,7 +105,7 @@ def test_exported_folders_load_whole_and_compute_what_we_compute(name, loaded):
 
 def test_the_tokenizer_and_its_end_of_text_come_along(loaded):
     ours, _, info = loaded["trained"]
-    tokenizer = tokenizer_lib.load(store.tokenizer_path(store.open_model(ours).anchor))
+    tokenizer = tokenizer_lib.load(store.tokenizer_path(models.open_model(ours).anchor))
     assert info["tokenizer"] == {"ids": tokenizer.encode("two  rivers, 42 boats").tolist(), "eos": "<|endoftext|>"}
     assert info["special"] == [None, tokenizer.eos_id, None]
 
@@ -117,7 +117,7 @@ def test_bytes_survive_transformers_in_bfloat16(built, tmp_path):
     reference("resave", tmp_path / "hf", tmp_path / "half")
     report = importing.import_folder(tmp_path / "half", tmp_path / "again")
     exporting.export_folder(tmp_path / "again", tmp_path / "back")
-    models.assert_same(models.read_all(tmp_path / "back"), models.read_all(tmp_path / "half"))
+    made.assert_same(made.read_all(tmp_path / "back"), made.read_all(tmp_path / "half"))
     assert report["experts"] == ["public", "e01"]
-    first = {key: value.astype(np.float32) for key, value in models.read_all(tmp_path / "back").items()}
-    models.assert_same(first, models.read_all(tmp_path / "hf"))  # the weights are exact in bfloat16
+    first = {key: value.astype(np.float32) for key, value in made.read_all(tmp_path / "back").items()}
+    made.assert_same(first, made.read_all(tmp_path / "hf"))  # the weights are exact in bfloat16

@@ -33,6 +33,11 @@ def frozen_with(run, path, value):
     return tree.unflatten(flat | {path: jnp.full_like(flat[path], value)})
 
 
+def huge_logits(run):
+    flat = tree.flatten(run.frozen)
+    return tree.unflatten(flat | {"head/kernel": flat["head/kernel"] * 1e17})
+
+
 def poisoned(state, value):
     flat = tree.flatten(state.trainable)
     flat["experts/math/ffn/gate"] = jnp.full_like(flat["experts/math/ffn/gate"], value)
@@ -61,6 +66,7 @@ CASES = {
     "a frozen leaf holds infinity": lambda run, state: (tiny.batch(7), frozen_with(run, "embed/embedding", np.inf), state),
     "the expert overflows": lambda run, state: (tiny.batch(7), run.frozen, poisoned(state, 3e38)),
     "the gradient jumps": lambda run, state: (spike(), run.frozen, state),
+    "the loss is finite, the gradient is not": lambda run, state: (tiny.batch(7), huge_logits(run), run.state),
     "one micro-batch holds NaN": lambda run, state: (weights(np.nan), run.frozen, state),
 }
 
@@ -71,13 +77,15 @@ def test_exactly_one_step_is_skipped_and_the_state_is_bitwise_unchanged(case, ru
     batch, frozen, before = CASES[case](run, state)
     after, metrics = run.step(before, frozen, batch)
     assert bool(metrics["skipped"]) and int(metrics["bad_steps"]) == 1
+    if case == "the loss is finite, the gradient is not":
+        assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
     if case == "the gradient jumps":
         assert np.isfinite(metrics["loss"]) and metrics["gradient_norm"] > 1e4 * before.norm_mean
     for field in ("trainable", "optimizer", "updates", "norm_mean"):
         assert tiny.same_bytes(getattr(before, field), getattr(after, field)), field
     assert int(after.step) == int(before.step) + 1
     following, metrics = run(tiny.batch(1), dataclasses.replace(after, trainable=state.trainable))
-    never, _ = run(tiny.batch(1), state)
+    never, _ = run(tiny.batch(1), dataclasses.replace(before, trainable=state.trainable))
     assert not metrics["skipped"] and int(following.bad_steps) == 0
     assert tiny.same_bytes(dataclasses.replace(following, step=never.step), never)
 

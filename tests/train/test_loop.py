@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flexjax import checkpoint, config, errors, tree
+from flexjax import checkpoint, config, errors, tree, workdir
 from flexjax.train import loop, metrics
 from tests.train import tiny
 
@@ -118,7 +118,7 @@ def test_twenty_resumes_are_bit_identical(reference, tmp_path):
 
 
 def test_each_window_is_trained_on_once_per_epoch_across_an_interruption(reference, tmp_path):
-    source = tiny.Letters(documents=20)  # 52 windows: an epoch ends inside step 13
+    source = tiny.Letters(documents=20, period=40)  # 52 windows: an epoch ends inside step 13
     windows = -(-(source.num_tokens - 1) // tiny.SEQ_LEN)
     _, _, seen = interrupted(tmp_path, 9, tiny.stream(source=source))
     order = [row for step in sorted(seen) for row in seen[step]]
@@ -149,6 +149,17 @@ def test_metrics_of_a_step_are_read_only_after_the_next_step_was_dispatched(refe
     tiny.train("pair", tmp_path, pipe, **SETTINGS | {"save_every": 100})
     assert events[:6] == [("batch", 1), ("batch", 2), ("read", 1), ("batch", 3), ("read", 2), ("batch", 4)]
     assert sorted(step for kind, step in events if kind == "read") == list(range(1, 25))
+
+
+def test_a_resume_asks_only_for_the_space_that_it_does_not_hold_already(reference, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(workdir, "need_space", lambda directory, needed, purpose: asked.append((needed, purpose)))
+    few = SETTINGS | {"keep": 2}
+    with pytest.raises(errors.Preempted):
+        tiny.train("pair", tmp_path, tiny.Tampered(tiny.stream(), {12: sigterm}), **few)
+    tiny.train("pair", tmp_path, **few)
+    state = tiny.run("pair").state
+    assert asked == [(3 * checkpoint.size(state), "3 checkpoints"), (checkpoint.size(state), "1 checkpoints")]
 
 
 def test_rows_of_steps_that_were_lost_are_dropped_on_resume(reference, tmp_path):

@@ -42,13 +42,13 @@ TRAINABLE = {
 class Letters(tokens.TokenSource):
     """A source in memory: documents of random ids that repeat themselves, so that there is something to learn."""
 
-    def __init__(self, seed=0, documents=200, length=40, vocab=MODEL.vocab_size, digest="letters"):
+    def __init__(self, seed=0, documents=200, length=40, vocab=MODEL.vocab_size, period=8):
         rng = np.random.default_rng(seed)
         pieces = [np.array([1], np.uint16)]
         for _ in range(documents):
-            pieces += [np.tile(rng.integers(2, vocab, 8), length // 8 + 1)[:length], [1]]
+            pieces += [np.tile(rng.integers(2, vocab, period), length // period + 1)[:length], [1]]
         tokenizer = type("Tokenizer", (), {"eos_id": 1, "digest": "t", "decode": lambda self, ids: "x" * len(ids)})()
-        super().__init__([np.concatenate(pieces).astype(np.uint16)], tokenizer, f"{digest}-{seed}")
+        super().__init__([np.concatenate(pieces).astype(np.uint16)], tokenizer, f"letters-{seed}-{period}")
 
 
 def stream(batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=0, source=None, prefetch=2):

@@ -15,7 +15,7 @@ from etils import epath
 from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.data import tokenizer as tokenizer_lib
-from flexjax.experts import store
+from flexjax.experts import models, store
 from flexjax.experts.huggingface import biasless, links
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import safetensors_io as io
@@ -42,7 +42,7 @@ def _open(directory: epath.PathLike) -> _Source:
     home = epath.Path(directory)
     if not (home / "anchor").exists():
         return _Source(store.open_anchor(home), {}, 1, mixture=False)
-    model = store.open_model(home)
+    model = models.open_model(home)
     width = store.config_of(model.anchor).d_ff
     other = [f"{name} ({b.manifest['d_ff']})" for name, b in model.bundles.items() if b.manifest["d_ff"] != width]
     if other:

@@ -14,7 +14,7 @@ from etils import epath
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import slices, store
+from flexjax.experts import models, slices, store
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import links
 from flexjax.experts.huggingface import safetensors_io as io
@@ -63,8 +63,8 @@ def import_folder(source: epath.PathLike, target: epath.PathLike, names: Sequenc
             bundles = {
                 name: _write_expert(home, name, e, anchor, places, config, training) for e, name in enumerate(order) if e
             }
-            store.write_model_manifest(home, anchor, bundles, described.top_k)
-            digest = store.open_model(home).tree_digest
+            models.write_model_manifest(home, anchor, bundles, described.top_k)
+            digest = models.open_model(home).tree_digest
     return {
         "kind": "model" if described.experts > 1 else "anchor",
         "digest": digest,
