@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from flexjax import command, errors, memory, report, stages, workdir
+from flexjax import command, comparison, errors, memory, report, stages, workdir
 from flexjax import config as config_lib
 from flexjax.data import sources
 from flexjax.experts import manifest, models, store
@@ -75,7 +75,7 @@ def default_workdir(config_file: str) -> str:
 class Outcome:
     """What a phase made: models to compare, the text to compare them on, and the runs whose curves are drawn."""
 
-    subjects: list[stages.Subject]
+    subjects: list[comparison.Subject]
     corpora: sources.Corpora
     runs: dict[str, epath.Path]
 
@@ -83,7 +83,7 @@ class Outcome:
 def run(config: config_lib.Config, directory: epath.Path, options: loop.Options, file: str) -> None:
     """Runs a job in a directory that this process holds, and reports."""
     outcome = PHASES[config.phase](config, directory, options)
-    scores = stages.evaluation_stage(config, outcome.subjects, outcome.corpora, directory)
+    scores = comparison.evaluate(config, outcome.subjects, outcome.corpora, directory)
     report.picture(directory / "report.png", outcome.runs, scores)
     print(report.table(scores))
     print(f"\n{directory / 'report.png'}: loss curves and bars\n\nNext:")
@@ -97,7 +97,7 @@ def _public(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     stages.claim(config, directory, options)
     corpora = sources.Corpora(config, directory, None, stages.say)
     anchor = stages.public_stage(config, corpora, directory, options)
-    return Outcome([stages.of_anchor(anchor)], corpora, {"anchor": directory})
+    return Outcome([comparison.of_anchor(anchor)], corpora, {"anchor": directory})
 
 
 def _expert(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
@@ -105,13 +105,13 @@ def _expert(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     bundle = stages.expert_stage(config, anchor, corpora, directory, options)
     model = stages.model_stage(anchor, bundle, directory)
     runs[f"expert {config.expert.name}"] = directory
-    return Outcome([stages.of_anchor(anchor), stages.of_model(model)], corpora, runs)
+    return Outcome([comparison.of_anchor(anchor), comparison.of_model(model)], corpora, runs)
 
 
 def _joint(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
     anchor, corpora, runs = _beside_anchor(config, directory, options)
     model = stages.joint_stage(config, anchor, corpora, directory, options)
-    return Outcome([stages.of_anchor(anchor), stages.of_model(model)], corpora, runs | {"joint": directory})
+    return Outcome([comparison.of_anchor(anchor), comparison.of_model(model)], corpora, runs | {"joint": directory})
 
 
 def _router(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
@@ -121,7 +121,7 @@ def _router(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     stages.claim(config, directory, options)
     corpora = sources.Corpora(config, directory, store.tokenizer_path(start.anchor), stages.say)
     model = stages.router_stage(config, start, corpora, directory, options)
-    subjects = [stages.of_anchor(start.anchor), stages.of_model(start, "untuned"), stages.of_model(model, "tuned")]
+    subjects = [comparison.of_anchor(start.anchor), comparison.of_model(start, "untuned"), comparison.of_model(model, "tuned")]
     return Outcome(subjects, corpora, {"router tuning": directory})
 
 

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from flexjax.eval import bits_per_byte
+from flexjax import comparison
+from flexjax.model import router
 from flexjax.train import metrics
 
-Scores = Mapping[str, Mapping[str, bits_per_byte.Score]]  # by label, then by domain
 
-
-def table(scores: Scores) -> str:
+def table(scores: comparison.Scores) -> str:
     """Bits per byte of each model by domain, the change from the first to the last, and the last one's routing shares."""
     labels = list(scores)
     first, last = scores[labels[0]], scores[labels[-1]]
@@ -22,13 +21,14 @@ def table(scores: Scores) -> str:
         line = f"{domain:<16}" + "".join(f"{scores[label][domain].bits_per_byte:>9.3f}" for label in labels)
         if compared:
             change = last[domain].bits_per_byte / first[domain].bits_per_byte - 1
-            shares = "  ".join(f"{name} {share:.0%}" for name, share in last[domain].shares.items())
-            line += f"{change:>+9.1%}   {shares}"
+            shares = last[domain].shares
+            named = "  ".join(f"{name} {shares[name]:.0%}" for name in router.canonical_order(shares))
+            line += f"{change:>+9.1%}   {named}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def picture(path: epath.Path, runs: Mapping[str, epath.Path], scores: Scores) -> None:
+def picture(path: epath.Path, runs: Mapping[str, epath.Path], scores: comparison.Scores) -> None:
     """Writes a PNG: the loss curve of every run (by title), and bars of bits per byte of every model."""
     import matplotlib
 

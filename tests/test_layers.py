@@ -17,7 +17,9 @@ ROWS = [  # a module imports from earlier rows and from its own folder only
     {"inference"},
     {"eval"},
     {"train"},
-    {"stages", "report", "presets"},
+    {"stages", "presets"},
+    {"comparison"},
+    {"report"},
     {"command"},
     ENTRY_POINTS,
 ]

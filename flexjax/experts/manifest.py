@@ -144,8 +144,13 @@ def model_config(anchor: Manifest, where: epath.PathLike) -> config_lib.ModelCon
         raise errors.IntegrityError(f"{where}: the manifest's model must have exactly the fields {', '.join(sorted(fields))}")
     for name, kind in fields.items():
         value = stated[name]
-        bad = not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 < value <= 2**24))
-        if bad and not (kind is float and isinstance(value, int) and not isinstance(value, bool)):
+        whole = type(value) is int
+        plausible = {
+            bool: type(value) is bool,
+            int: whole and 0 < value <= 2**24,
+            float: (whole or type(value) is float) and 0 <= value <= 1e12,
+        }
+        if not plausible[kind]:
             raise errors.IntegrityError(f"{where}: model.{name} is {str(value)[:20]}, expected a plausible {kind.__name__}")
     return config_lib.ModelConfig(**stated)
 

@@ -8,8 +8,7 @@ What a manifest does not name does not exist. Bytes are hashed as they are read:
 
 import dataclasses
 import os
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from etils import epath
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import slices, surgery
-from flexjax.model import transformer
+from flexjax.experts import schema, slices, surgery
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 TOKENIZER_BYTES = 2**28
@@ -104,66 +102,6 @@ def _listing(directory: epath.Path) -> set[str]:
     return files
 
 
-def shared_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes of a model's shared tree."""
-    dense = transformer.Architecture(config, transformer.dense_banks(config))
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(transformer.abstract(dense)).items()}
-    return {path: shape for path, shape in shapes.items() if not path.startswith("experts/")}
-
-
-def expert_shapes(layers: int, d: int, d_ff: int, biased: bool) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes of one expert of a model of so many layers and d_model `d`, on disk."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "expert/ffn/gate": (layers, d, d_ff),
-        "expert/ffn/up": (layers, d, d_ff),
-        "expert/ffn/down": (layers, d_ff, d),
-        "expert/router/row": (layers, d),
-    }
-    return shapes | ({"expert/router/bias": (layers,)} if biased else {})
-
-
-def statistics_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int | None, ...]]:
-    """Paths and shapes of what an anchor may hold beside its weights; None is any length."""
-    return {
-        "statistics/states": (config.num_layers, None, config.d_model),
-        "statistics/projection": (None, config.d_model),
-    }
-
-
-def _check_schema(
-    artefact: Artefact,
-    expected: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int | None, ...]] = types.MappingProxyType({}),
-) -> None:
-    """Compares declared tensors with our own schema, before any of them is opened."""
-    declared = artefact.manifest["tensors"]
-    for path in sorted(set(declared) - set(expected) - set(optional)):
-        raise errors.IntegrityError(f"{artefact.label}: unexpected tensor '{path[:80]}'")
-    for path in sorted(set(expected) - set(declared)):
-        raise errors.IntegrityError(f"{artefact.label}: tensor {path} is missing; expected shape {list(expected[path])}")
-    for path, entry in sorted(declared.items()):
-        _check_entry(f"{artefact.label}: tensor {path}", path, entry, {**optional, **expected}[path])
-
-
-def _check_entry(label: str, path: str, entry: Any, shape: tuple[int | None, ...]) -> None:
-    """Checks dtype, shape and slices that a manifest states for one tensor; None in `shape` is any length up to 2**24."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "slices"} or str(entry["dtype"]) not in slices.ITEMSIZE:
-        raise errors.IntegrityError(f"{label}: its entry must hold a dtype of {', '.join(slices.ITEMSIZE)}, shape and slices")
-    stated, digests = entry["shape"], entry["slices"]
-    if not (
-        isinstance(stated, list)
-        and len(stated) == len(shape)
-        and all(
-            type(size) is int and 0 < size <= 2**24 and wanted in (None, size)
-            for size, wanted in zip(stated, shape, strict=True)
-        )
-    ):
-        raise errors.IntegrityError(f"{label} has shape {str(stated)[:80]}, expected {list(shape)}")
-    count = slices.slice_count(path, tuple(stated), slices.ITEMSIZE[entry["dtype"]])
-    if not isinstance(digests, list) or len(digests) != count or not all(isinstance(digest, str) for digest in digests):
-        raise errors.IntegrityError(f"{label} must have {count} slices, each with its digest")
-
-
 def write_anchor(
     directory: epath.PathLike,
     config: config_lib.ModelConfig,
@@ -206,8 +144,8 @@ def open_anchor(directory: epath.PathLike) -> Artefact:
     home = epath.Path(directory)
     anchor = Artefact(home, manifest_lib.read(home, "anchor"), f"anchor {home}")
     config = manifest_lib.model_config(anchor.manifest, home / manifest_lib.FILE)
-    expected = shared_shapes(config) | expert_shapes(config.num_layers, config.d_model, config.d_ff, biased=False)
-    _check_schema(anchor, expected, statistics_shapes(config))
+    expected = schema.shared_shapes(config) | schema.expert_shapes(config.num_layers, config.d_model, config.d_ff, biased=False)
+    schema.check(anchor.manifest["tensors"], anchor.label, expected, schema.statistics_shapes(config))
     _check_tokenizer_entry(anchor)
     return anchor
 
@@ -297,10 +235,8 @@ def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig | None
     widest = 2**20 if config is None else config.d_ff * 8
     if not isinstance(d_ff, int) or isinstance(d_ff, bool) or not 0 < d_ff <= widest:
         raise errors.IntegrityError(f"{bundle.label}: d_ff is {str(d_ff)[:20]}, expected a width of 1 to {widest}")
-    if config is None:
-        _check_schema(bundle, expert_shapes(*_stated_shape(bundle), d_ff, biased=True))
-    else:
-        _check_schema(bundle, expert_shapes(config.num_layers, config.d_model, d_ff, biased=True))
+    layers, d_model = _stated_shape(bundle) if config is None else (config.num_layers, config.d_model)
+    schema.check(manifest["tensors"], bundle.label, schema.expert_shapes(layers, d_model, d_ff, biased=True))
     return bundle
 
 

@@ -68,6 +68,7 @@ def house(commands, tiny, tmp_path_factory):
     directory = tmp_path_factory.mktemp("house") / "math"
     result = commands.main(MATH, *tiny, f"--workdir={directory}")
     assert result.code == 0, result.err
+    (directory.parent / "report.txt").write_text(result.out)
     return directory
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -63,7 +64,9 @@ def content(directory, step):
     for name, digest in commit["files"].items():
         assert hashlib.sha256((home / name).read_bytes()).hexdigest() == digest, f"wrong bytes in {home / name}"
     assert commit["step"] == step
-    return {name: digest for name, digest in commit["files"].items() if "/c/" in name}
+    arrays = {name: digest for name, digest in commit["files"].items() if re.search("/c(/|$)", name)}
+    assert len(arrays) == len(commit["arrays"])
+    return arrays
 
 
 def rows(directory):

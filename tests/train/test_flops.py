@@ -7,7 +7,7 @@ import pytest
 
 from flexjax import tree
 from flexjax.model import router, transformer
-from flexjax.train import flops, optimizer
+from flexjax.train import flops
 from flexjax.train import step as step_lib
 from tests.train import hlo, tiny
 
@@ -37,13 +37,16 @@ def _head(architecture):
 
 
 def compiled_flops(architecture, trainable, frozen):
-    """Dot FLOPs per token of the compiled step."""
+    """Dot FLOPs per token of the compiled loss and gradient."""
     settings = tiny.settings("dense", router_z_loss=1e-3, load_balance_loss=1e-2)
-    made = optimizer.make(settings, trainable)
     head_trainable = _head(architecture) in tree.flatten(trainable)
-    step = step_lib.make_step(architecture, transformer.Compute(), settings, made, head_trainable)
-    state = jax.eval_shape(lambda: step_lib.init_state(jax.tree.map(lambda x: jax.numpy.zeros(x.shape), trainable), made))
-    program = jax.jit(step, compiler_options=tiny.QUICK).lower(state, frozen, tiny.batch()).compile()
+
+    def loss(trainable, frozen, batch):
+        params = router.constrain(tree.combine(trainable, frozen))
+        return step_lib.batch_loss(params, batch, architecture, transformer.Compute(), settings, head_trainable)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=tiny.QUICK)  # the optimizer multiplies no matrices
+    program = step.lower(trainable, frozen, tiny.batch()).compile()
     return hlo.dot_flops(program.as_text()) / (tiny.BATCH_SIZE * tiny.SEQ_LEN)
 
 

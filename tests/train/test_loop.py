@@ -33,7 +33,7 @@ def rows(directory):
 def arrays(directory, step):
     """{file: digest} of the array files of a committed step."""
     files = checkpoint.Checkpoints(epath.Path(directory) / "checkpoints", 10)._commit(step)["files"]
-    return {name: digest for name, digest in files.items() if "/c/" in name}
+    return {name: digest for name, digest in files.items() if re.search("/c(/|$)", name)}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_a_run_returns_exactly_the_expert_with_effective_biases_and_its_facts(re
     assert [row["step"] for row in rows(directory)] == list(range(1, 25))
     assert checkpoint.Checkpoints(directory / "checkpoints", 10).steps() == [5, 10, 15, 20, 24]
     saved = checkpoint.Checkpoints(directory / "checkpoints", 10)._commit(24)["arrays"]
+    assert len(arrays(directory, 24)) == len(saved) == 20
     assert [name for name in saved if "public" in name or "embed" in name or "attention" in name] == []
 
 

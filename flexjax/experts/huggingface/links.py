@@ -7,7 +7,7 @@ import numpy as np
 
 from flexjax import config as config_lib
 from flexjax import errors
-from flexjax.experts import store
+from flexjax.experts import schema
 from flexjax.experts.huggingface import safetensors_io as io
 
 ROW, BIAS = "expert/router/row", "expert/router/bias"
@@ -52,7 +52,7 @@ class Link:
 
 def table(config: config_lib.ModelConfig, experts: int) -> list[Link]:
     """All tensors of a model, in the order of the forward pass; `experts` is 0 for a dense OLMo-2."""
-    shared = store.shared_shapes(config)
+    shared = schema.shared_shapes(config)
     narrow, wide = config.d_model, config.d_ff
     ffn = {"expert/ffn/gate": (wide, narrow), "expert/ffn/up": (wide, narrow), "expert/ffn/down": (narrow, wide)}
 

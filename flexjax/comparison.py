@@ -1,0 +1,62 @@
+"""The last stage of a job: models side by side on the same text."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from etils import epath
+
+from flexjax import config as config_lib
+from flexjax import stages, tree, workdir
+from flexjax.data import sources
+from flexjax.eval import bits_per_byte
+from flexjax.experts import models, store
+from flexjax.model import transformer
+
+
+@dataclasses.dataclass
+class Subject:
+    """A model to be scored: the label of its column, its digest, and how it is read."""
+
+    label: str
+    digest: str
+    load: Callable[[], tuple[transformer.Architecture, tree.Tree]]
+
+
+def of_anchor(found: store.Artefact) -> Subject:
+    """The anchor, as a dense model."""
+    return Subject("anchor", found.manifest["digest"], lambda: models.load_anchor(found))
+
+
+def of_model(model: models.Model, label: str = "model") -> Subject:
+    """A merged model."""
+    return Subject(label, model.tree_digest, lambda: models.load(model))
+
+
+Scores = dict[str, dict[str, bits_per_byte.Score]]  # by label, then by domain
+
+
+def evaluate(config: config_lib.Config, subjects: Sequence[Subject], corpora: sources.Corpora, directory: epath.Path) -> Scores:
+    """Scores the subjects on the validation text of each domain; kept in `directory/evaluation.json`."""
+    settings = config.evaluation
+    texts = {domain: corpora.source(domain, "validation") for domain in settings.domains}
+    key = {
+        "subjects": {subject.label: subject.digest for subject in subjects},
+        "data": {domain: source.digest for domain, source in texts.items()},
+        "max_kilobytes": settings.max_kilobytes,
+        "seq_len": config.data.seq_len,
+    }
+    saved = workdir.read_json(directory / "evaluation.json")
+    if saved is not None and saved["key"] == key:
+        stages.say("evaluation: finished, skipped")
+        kept = saved["scores"]
+        return {s.label: {domain: bits_per_byte.Score(**kept[s.label][domain]) for domain in texts} for s in subjects}
+    stages.say(f"evaluation: scoring {', '.join(settings.domains)}")
+    result = {}
+    for subject in subjects:
+        scorer = bits_per_byte.Scorer(*subject.load(), config.data.seq_len, settings.batch_size, config.train.compute_dtype)
+        result[subject.label] = {
+            domain: scorer.score(source, settings.max_kilobytes * 1000) for domain, source in texts.items()
+        }
+    plain = {label: {d: dataclasses.asdict(score) for d, score in found.items()} for label, found in result.items()}
+    workdir.write_json(directory / "evaluation.json", {"key": key, "scores": plain})
+    return result

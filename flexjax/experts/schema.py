@@ -1,0 +1,74 @@
+"""Which tensors an anchor or a bundle holds, and of what shape: derived from the model's shapes, never read from a file."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from flexjax import config as config_lib
+from flexjax import errors, tree
+from flexjax.experts import slices
+from flexjax.model import transformer
+
+
+def shared_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of a model's shared tree."""
+    dense = transformer.Architecture(config, transformer.dense_banks(config))
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(transformer.abstract(dense)).items()}
+    return {path: shape for path, shape in shapes.items() if not path.startswith("experts/")}
+
+
+def expert_shapes(layers: int, d: int, d_ff: int, biased: bool) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of one expert of a model of so many layers and d_model `d`, on disk."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "expert/ffn/gate": (layers, d, d_ff),
+        "expert/ffn/up": (layers, d, d_ff),
+        "expert/ffn/down": (layers, d_ff, d),
+        "expert/router/row": (layers, d),
+    }
+    return shapes | ({"expert/router/bias": (layers,)} if biased else {})
+
+
+def statistics_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int | None, ...]]:
+    """Paths and shapes of what an anchor may hold beside its weights; None is any length."""
+    return {
+        "statistics/states": (config.num_layers, None, config.d_model),
+        "statistics/projection": (None, config.d_model),
+    }
+
+
+def check(
+    declared: Mapping[str, Any],
+    label: str,
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int | None, ...]] = types.MappingProxyType({}),
+) -> None:
+    """Compares the tensors that a manifest declares with our own schema, before any of them is opened.
+
+    Raises:
+      IntegrityError: names the tensor that is missing, unexpected, or of another shape, dtype or number of slices.
+    """
+    for path in sorted(set(declared) - set(expected) - set(optional)):
+        raise errors.IntegrityError(f"{label}: unexpected tensor '{path[:80]}'")
+    for path in sorted(set(expected) - set(declared)):
+        raise errors.IntegrityError(f"{label}: tensor {path} is missing; expected shape {list(expected[path])}")
+    for path, entry in sorted(declared.items()):
+        _check_entry(f"{label}: tensor {path}", path, entry, {**optional, **expected}[path])
+
+
+def _check_entry(label: str, path: str, entry: Any, shape: tuple[int | None, ...]) -> None:
+    """Checks dtype, shape and slices that a manifest states for one tensor; None in `shape` is any length up to 2**24."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "slices"} or str(entry["dtype"]) not in slices.ITEMSIZE:
+        raise errors.IntegrityError(f"{label}: its entry must hold a dtype of {', '.join(slices.ITEMSIZE)}, shape and slices")
+    stated, digests = entry["shape"], entry["slices"]
+    if not (
+        isinstance(stated, list)
+        and len(stated) == len(shape)
+        and all(
+            type(size) is int and 0 < size <= 2**24 and wanted in (None, size)
+            for size, wanted in zip(stated, shape, strict=True)
+        )
+    ):
+        raise errors.IntegrityError(f"{label} has shape {str(stated)[:80]}, expected {list(shape)}")
+    count = slices.slice_count(path, tuple(stated), slices.ITEMSIZE[entry["dtype"]])
+    if not isinstance(digests, list) or len(digests) != count or not all(isinstance(digest, str) for digest in digests):
+        raise errors.IntegrityError(f"{label} must have {count} slices, each with its digest")
