@@ -24,7 +24,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     A `FlexjaxError` becomes one line on stderr and its exit code; a flag or config that cannot be loaded is exit code 2.
     Any other exception is a bug of ours and keeps its traceback.
     """
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs tracebacks of what it also raises
     code = 0
     try:
         if HELP.isdisjoint(sys.argv[1:]):

@@ -267,7 +267,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, list[str]]:
     """Fields that differ between two `to_dict` results, by class; each as "path: saved -> current".
 
-    A field that only one side knows counts as identity: another version of the code wrote it.
+    A field that this version does not know counts as identity: another version of the code wrote it.
     """
     kinds = classes()
     found: dict[str, list[str]] = {"identity": [], "schedule": [], "operations": []}

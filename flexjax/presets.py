@@ -71,7 +71,7 @@ def expert_training(variant: str) -> config_lib.TrainConfig:
 def joint_training(variant: str) -> config_lib.TrainConfig:
     """The unrestricted MoE: everything is trained, with a load-balancing loss and no router bias."""
     train = public_training(variant)
-    train.trainable = r"(?!.*/bias$).*"
+    train.trainable = r"(?!.*bias$).*"
     train.load_balance_loss = 1e-2
     train.router_z_loss = 1e-3
     if variant != "7b":

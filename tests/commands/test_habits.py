@@ -64,6 +64,15 @@ def test_pipe_that_is_closed(commands, house):
     assert (result.code, result.err) == (BROKEN_PIPE, "")
 
 
+@pytest.mark.parametrize("stdout", [zygote.BROKEN_PIPE, "/dev/full"])
+def test_refusal_is_heard_though_stdout_is_gone(commands, house, anchor, stdout, tmp_path):
+    """The table before the refusal cannot be printed; the refusal and its exit code stay."""
+    create = ["create", f"--model={tmp_path / 'new'}", f"--anchor={anchor}", f"--expert={house / 'expert'}", "--top_k=9"]
+    result = commands.merge(*create, stdout=stdout)
+    assert result.code == 2
+    assert result.err.startswith("error: top_k") and result.err.count("\n") == 1
+
+
 def test_disk_full_behind_stdout(commands, house):
     result = commands.merge("show", f"--model={house / 'model'}", stdout="/dev/full")
     assert result.code == 6

@@ -66,7 +66,6 @@ def test_a_large_gradient_is_clipped_to_the_norm_before_adam_sees_it():
     np.testing.assert_allclose(state[1].mu["a"], np.full(4, 0.25), rtol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="presets.joint_training: '/raw_bias' slips through; (?!.*bias$).* is right")
 def test_joint_training_of_every_variant_trains_no_bias():
     for variant in presets.VARIANTS:
         pattern = presets.joint_training(variant).trainable
