@@ -93,6 +93,7 @@ def training(phase: str, peak: float) -> dict[str, Any]:
 def pipeline() -> dict[str, Any]:
     """The built-in public corpus through the prefetching iterator."""
     config = presets.base("quickstart")
+    config_lib.resolve(config)
     with tempfile.TemporaryDirectory() as directory:
         corpora = sources.Corpora(config, epath.Path(directory), None, lambda _: None)
         stream = corpora.pipeline({"public": 0.25, "math": 0.75}, config.anchor.train).iterate(0)

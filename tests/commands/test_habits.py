@@ -81,7 +81,9 @@ def test_disk_full_behind_stdout(commands, house):
 
 def test_interrupt(commands, tiny, anchor, tmp_path):
     """Ctrl-C during training: one line, exit code 130, and the next start continues."""
-    command = [sys.executable, "-m", "flexjax.main", MATH, *tiny, f"--config.anchor.path={anchor}"]
+    listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", listen]  # a shell's background jobs ignore SIGINT, and so would their children
+    command += [sys.executable, "-m", "flexjax.main", MATH, *tiny, f"--config.anchor.path={anchor}"]
     command += [f"--workdir={tmp_path / 'run'}", "--config.train.steps=100000", "--config.train.save_every=5"]
     process = subprocess.Popen(
         command,
@@ -90,7 +92,6 @@ def test_interrupt(commands, tiny, anchor, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = threading.Timer(zygote.SECONDS, process.kill)
     deadline.start()
