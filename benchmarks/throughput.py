@@ -65,8 +65,8 @@ def training(phase: str, peak: float) -> dict[str, Any]:
         architecture = surgery.architecture(config.model, (*public, bank), top_k=2)
         settings = presets.expert_training("quickstart")
         settings.trainable = "experts/math/.*"
-    params = router.free(transformer.init(architecture, 0), settings.trainable)
-    trainable, frozen = tree.partition(params, settings.trainable)
+    trainable, frozen = tree.partition(transformer.init(architecture, 0), settings.trainable)
+    trainable = router.free(trainable)
     chain = optimizer.make(settings, trainable)
     run = jax.jit(step.make_step(architecture, transformer.Compute(), settings, chain, phase == "public"), donate_argnums=0)
     shape = (settings.batch_size, config.data.seq_len)

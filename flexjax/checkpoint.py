@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from flexjax import errors, tree
+from flexjax import errors, tree, workdir
 
 COMMIT = "commit.json"
 PENDING = "writing-"
@@ -43,6 +43,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.directory.mkdir(parents=True, exist_ok=True)
+        workdir.sync(self.directory.parent)
         self._sweep()
 
     def steps(self) -> list[int]:
@@ -133,16 +134,15 @@ class Checkpoints:
     def _finish(self, step: int, pending: epath.Path, response: Any, arrays: Any, facts: dict[str, Any]) -> None:
         try:
             response.result()
-            files = {name: tree.sha256((pending / name).read_bytes()) for name in sorted(_files(pending))}
+            files = {name: workdir.file_digest(pending / name) for name in sorted(_files(pending))}
             commit = _sealed({"step": step, "facts": facts, "arrays": arrays, "files": files})
             (pending / COMMIT).write_bytes(tree.canonical_json(commit))
-            for name in [*files, COMMIT]:
-                _sync(pending / name)
+            workdir.sync_below(pending)
             target = self.directory / str(step)
             if target.exists():  # without a commit.json, as `save` saw: not ours to delete
                 self._rename_away(step, "uncommitted")
             pending.rename(target)
-            _sync(self.directory)
+            workdir.sync(self.directory)
             for old in self.steps()[: -self.keep]:
                 self._discard(old)
         except Exception as error:
@@ -170,7 +170,7 @@ class Checkpoints:
             state = "is missing" if name in files else "was not written by this run"
             raise errors.IntegrityError(f"{home / name} {state}; pass --fall_back to use the next older step")
         for name, digest in files.items():
-            if tree.sha256((home / name).read_bytes()) != digest:
+            if workdir.file_digest(home / name) != digest:
                 raise errors.IntegrityError(f"{home / name} is damaged; pass --fall_back to use the next older step")
 
     def _sweep(self) -> None:
@@ -216,20 +216,21 @@ def _plain_files() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False
+    context.array.saving.scoped_storage_options_creator = _one_chunk_per_layer
     return context
+
+
+def _one_chunk_per_layer(path: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+    """How a file is divided within: a leaf with a layer axis along that axis alone, any other not at all."""
+    names = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    if leaf.ndim < 2 or not tree.is_stacked(names):
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
 
 
 def _files(directory: epath.Path) -> set[str]:
     root = os.fspath(directory)
     return {os.path.relpath(os.path.join(where, name), root) for where, _, names in os.walk(root) for name in names}
-
-
-def _sync(path: epath.Path) -> None:
-    descriptor = os.open(os.fspath(path), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import stages, tree, workdir
+from flexjax import tree, workdir
 from flexjax.data import sources
 from flexjax.eval import bits_per_byte
 from flexjax.experts import models, store
@@ -35,7 +35,13 @@ def of_model(model: models.Model, label: str = "model") -> Subject:
 Scores = dict[str, dict[str, bits_per_byte.Score]]  # by label, then by domain
 
 
-def evaluate(config: config_lib.Config, subjects: Sequence[Subject], corpora: sources.Corpora, directory: epath.Path) -> Scores:
+def evaluate(
+    config: config_lib.Config,
+    subjects: Sequence[Subject],
+    corpora: sources.Corpora,
+    directory: epath.Path,
+    say: Callable[[str], None],
+) -> Scores:
     """Scores the subjects on the validation text of each domain; kept in `directory/evaluation.json`."""
     settings = config.evaluation
     texts = {domain: corpora.source(domain, "validation") for domain in settings.domains}
@@ -47,10 +53,10 @@ def evaluate(config: config_lib.Config, subjects: Sequence[Subject], corpora: so
     }
     saved = workdir.read_json(directory / "evaluation.json")
     if saved is not None and saved["key"] == key:
-        stages.say("evaluation: finished, skipped")
+        say("evaluation: finished, skipped")
         kept = saved["scores"]
         return {s.label: {domain: bits_per_byte.Score(**kept[s.label][domain]) for domain in texts} for s in subjects}
-    stages.say(f"evaluation: scoring {', '.join(settings.domains)}")
+    say(f"evaluation: scoring {', '.join(settings.domains)}")
     result = {}
     for subject in subjects:
         scorer = bits_per_byte.Scorer(*subject.load(), config.data.seq_len, settings.batch_size, config.train.compute_dtype)

@@ -264,15 +264,44 @@ def to_dict(config: Any) -> dict[str, Any]:
     return found
 
 
+UNREAD = {  # what a phase never reads, and so may change
+    "public": ("expert.", "mixture.", "anchor.train."),
+    "expert": ("mixture.", "anchor."),  # the anchor's own settings are compared where it is trained, by its digest elsewhere
+    "joint": ("expert.", "anchor."),
+    "router": ("expert.", "anchor."),
+}
+
+
 def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, list[str]]:
     """Fields that differ between two `to_dict` results, by class; each as "path: saved -> current".
 
-    A field that this version does not know counts as identity: another version of the code wrote it.
+    A field that this version does not know counts as identity: another version of the code wrote it. What the phase does not
+    read is left out.
     """
     kinds = classes()
     found: dict[str, list[str]] = {"identity": [], "schedule": [], "operations": []}
     for path in sorted(set(saved) | set(current)):
         before, after = saved.get(path, "(absent)"), current.get(path, "(absent)")
-        if before != after:
+        if before != after and not path.startswith(UNREAD.get(str(current.get("phase")), ())):
             found[kinds.get(path, "identity")].append(f"{path}: {before} -> {after}")
     return found
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], allow_schedule_change: bool) -> list[str]:
+    """Refuses to continue a run with a config that would make another one; both as `to_dict` gives them.
+
+    Returns the changes of the schedule that were allowed.
+
+    Raises:
+      ConfigError: an identity field changed, or a schedule field without leave.
+    """
+    changed = changes(saved, current)
+    if changed["identity"]:
+        raise errors.ConfigError(
+            f"the workdir holds another run: {'; '.join(changed['identity'])}; restore the value or choose another --workdir"
+        )
+    if changed["schedule"] and not allow_schedule_change:
+        raise errors.ConfigError(
+            f"the schedule changed: {'; '.join(changed['schedule'])}; restore it or pass --allow_schedule_change"
+        )
+    return changed["schedule"]

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+import shlex
+import signal
+from typing import Any, NoReturn
 
 from absl import flags
 from etils import epath
@@ -35,10 +37,18 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     config = check(CONFIG.value, file)
-    directory = workdir.create(WORKDIR.value or default_workdir(file))
+    where = WORKDIR.value or default_workdir(file)
+    if not workdir.is_local(where):
+        raise errors.ConfigError(f"--workdir={where} is no local directory; train locally, then copy expert/ or model/ there")
+    directory = workdir.create(where)
+    signal.signal(signal.SIGTERM, _stop)  # between the training loops, which have their own handler
     options = loop.Options(FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
     with workdir.lock(directory):
         run(config, directory, options, file)
+
+
+def _stop(*_: Any) -> NoReturn:
+    raise errors.Preempted("asked to stop; finished stages are kept, start the same command again")
 
 
 def check(config: Any, file: str) -> config_lib.Config:
@@ -83,11 +93,11 @@ class Outcome:
 def run(config: config_lib.Config, directory: epath.Path, options: loop.Options, file: str) -> None:
     """Runs a job in a directory that this process holds, and reports."""
     outcome = PHASES[config.phase](config, directory, options)
-    scores = comparison.evaluate(config, outcome.subjects, outcome.corpora, directory)
+    scores = comparison.evaluate(config, outcome.subjects, outcome.corpora, directory, stages.say)
     report.picture(directory / "report.png", outcome.runs, scores)
     print(report.table(scores))
     print(f"\n{directory / 'report.png'}: loss curves and bars\n\nNext:")
-    for line in _next_commands(config, directory, file):
+    for line in _next_commands(config, outcome.corpora, directory, file):
         print(f"  {line}")
     if JSON.value:
         print(json.dumps({"workdir": str(directory), "evaluation": workdir.read_json(directory / "evaluation.json")}))
@@ -95,6 +105,12 @@ def run(config: config_lib.Config, directory: epath.Path, options: loop.Options,
 
 def _public(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> Outcome:
     stages.claim(config, directory, options)
+    if config.anchor.path:  # trained elsewhere: only what owners need is added
+        given = store.open_anchor(config.anchor.path)
+        config.model = store.config_of(given)
+        corpora = sources.Corpora(config, directory, store.tokenizer_path(given), stages.say)
+        anchor = stages.prepare_stage(config, given, corpora, directory / "anchor")
+        return Outcome([comparison.of_anchor(anchor)], corpora, {})
     corpora = sources.Corpora(config, directory, None, stages.say)
     anchor = stages.public_stage(config, corpora, directory, options)
     return Outcome([comparison.of_anchor(anchor)], corpora, {"anchor": directory})
@@ -133,29 +149,38 @@ def _beside_anchor(
 ) -> tuple[store.Artefact, sources.Corpora, dict[str, epath.Path]]:
     """Opens or trains the anchor, and lets it decide the model's shapes and the tokenizer."""
     if not config.anchor.path:
+        stages.check_claim(stages.public_config(config), directory / "public", options)
         stages.claim(config, directory, options)
     anchor = stages.anchor(config, directory, options)
-    config.model = store.config_of(anchor)
+    shapes = store.config_of(anchor)
+    for name, value in config_lib.to_dict(config.model).items():
+        if value != getattr(shapes, name):
+            stages.say(f"note: the anchor's shapes count: model.{name} is {getattr(shapes, name)}, not {value}")
+    config.model, config.anchor.rows = shapes, anchor.manifest["rows"]
     stages.claim(config, directory, options)
     runs = {} if config.anchor.path else {"anchor": directory / "public"}
     return anchor, sources.Corpora(config, directory, store.tokenizer_path(anchor), stages.say), runs
 
 
-def _next_commands(config: config_lib.Config, directory: epath.Path, file: str) -> list[str]:
+def _next_commands(config: config_lib.Config, corpora: sources.Corpora, directory: epath.Path, file: str) -> list[str]:
+    """Commands that go on from here, ready to be typed."""
     _, colon, variant = file.partition(":")
-    root = f" --config.data.root={config.data.root}" if config.data.root else ""
-    train = f"python -m flexjax.main --config=configs/{{}}{colon}{variant}{root} {{}}"
+    root = [f"--config.data.root={config.data.root}"] if config.data.root else []
+    anchor = config.anchor.path or str(directory / "public" / "anchor")
     if config.phase == "public":
-        return [train.format("math_expert.py", f"--config.anchor.path={directory / 'anchor'}")]
-    model = directory / "model"
+        expert, anchor = "math", str(directory / "anchor")
+    else:
+        expert = "code" if config.expert.name == "math" else "math"
+    train = ["main", f"--config=configs/{expert}_expert.py{colon}{variant}", *root, f"--config.anchor.path={anchor}"]
+    model = f"--model={directory / 'model'}"
+    texts = [f"{domain}={corpora.pattern(domain, 'validation')}" for domain in config.evaluation.domains[-1:]]
     commands = [
-        f"python -m flexjax.generate --model={model} --prompt='The eigenvalues of' --max_new_tokens=40",
-        f"python -m flexjax.evaluate --model={model} --data=NAME=FILE.jsonl --experts=public",
-        f"python -m flexjax.merge show --model={model}",
+        ["generate", model, "--prompt=Returns the", "--max_new_tokens=40"],
+        ["evaluate", model, f"--data={','.join(texts) or 'NAME=PATH'}", "--experts=public"],
+        ["merge", "show", model],
     ]
-    if config.phase == "expert" and not config.anchor.path:
-        commands.insert(0, train.format("code_expert.py", f"--config.anchor.path={directory / 'public' / 'anchor'}"))
-    return commands
+    chosen = {"public": [train], "expert": [train, *commands]}.get(config.phase, commands)
+    return [shlex.join(["python", "-m", f"flexjax.{verb}", *rest]) for verb, *rest in chosen]
 
 
 if __name__ == "__main__":

@@ -49,12 +49,12 @@ def create() -> dict[str, Any]:
     if (target / manifest_lib.FILE).exists():
         raise errors.StorageError(f"{target} already holds a finished artefact; choose another --model or remove it")
     anchor = store.open_anchor(ANCHOR.value)
-    config = store.config_of(anchor)
-    bundles = [store.open_bundle(path, config) for path in EXPERT.value]
+    bundles = [store.open_bundle(path, None) for path in EXPERT.value]
     top_k = min(DEFAULT_TOP_K, len(bundles) + 1) if TOP_K.value is None else TOP_K.value
     rows = compatibility.report(anchor, bundles, top_k)
     print(compatibility.table(rows))
     compatibility.check(rows)
+    bundles = [store.open_bundle(path, store.config_of(anchor)) for path in EXPERT.value]
     result: dict[str, Any] = {"report": [dataclasses.asdict(row) for row in rows]}
     if DRY_RUN.value:
         print("dry run: everything fits, nothing was written")
@@ -68,16 +68,17 @@ def remove() -> dict[str, Any]:
     """Takes one expert out: in place its bytes are deleted; with --out the other model keeps them."""
     if not NAME.value:
         raise errors.ConfigError("remove needs --name=NAME")
-    model = models.open_model(MODEL.value)
-    models.check_known(model, NAME.value)
-    if DRY_RUN.value:
-        print(f"dry run: '{NAME.value}' would be removed from {OUT.value or MODEL.value}")
-        return {}
-    if OUT.value:
-        kept = {name: bundle for name, bundle in model.bundles.items() if name != NAME.value}
-        smaller = models.write_model(OUT.value, model.anchor, kept, models.remaining_top_k(model))
-    else:
-        with workdir.lock(model.directory):
+    manifest_lib.read(MODEL.value, "model")  # what is no model is not locked either
+    with workdir.lock(epath.Path(MODEL.value)):
+        model = models.open_model(MODEL.value)
+        models.check_known(model, NAME.value)
+        if DRY_RUN.value:
+            print(f"dry run: '{NAME.value}' would be removed from {OUT.value or MODEL.value}")
+            return {}
+        if OUT.value:
+            kept = {name: bundle for name, bundle in model.bundles.items() if name != NAME.value}
+            smaller = models.write_model(OUT.value, model.anchor, kept, models.remaining_top_k(model))
+        else:
             smaller = models.remove_expert(model, NAME.value)
     left = ", ".join(["public", *sorted(smaller.bundles)])
     print(f"{smaller.directory}: removed '{NAME.value}', left {left}; tree digest {smaller.tree_digest}")

@@ -37,7 +37,7 @@ def picture(path: epath.Path, runs: Mapping[str, epath.Path], scores: comparison
 
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for title, run in runs.items():
-        rows = metrics.read(run / "metrics.jsonl")
+        rows = [row for row in metrics.read(run / "metrics.jsonl") if row["cross_entropy"] is not None]
         curves.plot([row["step"] for row in rows], [row["cross_entropy"] / math.log(2) for row in rows], label=title)
     curves.set(xlabel="step", ylabel="training loss (bits per token)", title="Loss")
     curves.legend()

@@ -12,7 +12,7 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors, tree, workdir
-from flexjax.data import sources, tokens
+from flexjax.data import pipeline, sources, tokens
 from flexjax.experts import domains, manifest, models, slices, store, surgery
 from flexjax.model import transformer
 from flexjax.train import loop
@@ -37,14 +37,19 @@ def public_config(config: config_lib.Config) -> config_lib.Config:
     )
 
 
-def claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
-    """Saves the resolved config, or refuses if the directory holds work of another job."""
+def check_claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
+    """Raises ConfigError if the directory holds work of another job."""
     saved = workdir.read_json(directory / "config.json")
     current = config_lib.to_dict(config)
     finished = any(_finished(directory / part) for part in ("anchor", "expert", "model"))
     if saved is not None and (finished or any((directory / "checkpoints").glob("*/commit.json"))):
-        loop.check_config(saved, current, options)
-    workdir.write_json(directory / "config.json", current)
+        config_lib.check_same_run(saved, current, options.allow_schedule_change)
+
+
+def claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
+    """Saves the resolved config, unless the directory holds work of another job."""
+    check_claim(config, directory, options)
+    workdir.write_json(directory / "config.json", config_lib.to_dict(config))
 
 
 def anchor(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> store.Artefact:
@@ -65,14 +70,15 @@ def public_stage(
     """Trains the public model and freezes it as `directory/anchor`, with the public row and statistics owners need."""
     domains.check_method(config.anchor.rows)
     home = directory / "anchor"
+    stream = corpora.pipeline({config_lib.PUBLIC: 1.0}, config.train)
+    made_of = _made_of(config, stream, start="")
     if _finished(home):
         found = store.open_anchor(home)
-        _check_steps(found, config.train, "anchor")
+        _check_made_of(found.manifest["training"], made_of, home)
         say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
         return found
     architecture = transformer.Architecture(config.model, transformer.dense_banks(config.model))
     transformer.check(architecture)
-    stream = corpora.pipeline({config_lib.PUBLIC: 1.0}, config.train)
     params = transformer.init(architecture, config.seed)
     trained, facts = loop.train(params, architecture, stream, config, directory, "anchor", options, origin="")
     trained, source = _replace(params, trained), corpora.source(config_lib.PUBLIC)
@@ -83,9 +89,30 @@ def public_stage(
     def put(writer: slices.TensorWriter) -> None:
         writer.put_tree({**shared, "expert": public, "statistics": statistics})
 
-    facts |= {"data": stream.identity()[f"source/{config_lib.PUBLIC}"], "seed": config.seed, "seq_len": config.data.seq_len}
+    facts |= made_of | {"data": source.digest, "seed": config.seed, "seq_len": config.data.seq_len}
     found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
     say(f"anchor: written to {home}, digest {found.manifest['digest'][:12]}")
+    return found
+
+
+def prepare_stage(
+    config: config_lib.Config, given: store.Artefact, corpora: sources.Corpora, home: epath.Path
+) -> store.Artefact:
+    """Gives an anchor from elsewhere (an imported OLMo-2) the public row and statistics that owners need; writes `home`."""
+    domains.check_method(config.anchor.rows)
+    if _finished(home):
+        say(f"anchor: finished, skipped; {home}")
+        return store.open_anchor(home)
+    architecture, params = models.load_anchor(given)
+    statistics, row = public_rows(config, architecture, params, corpora.source(config_lib.PUBLIC))
+    public = {**given.tensors("expert"), "router": {"row": row}}
+
+    def put(writer: slices.TensorWriter) -> None:
+        writer.put_tree({**given.shared(), "expert": public, "statistics": statistics})
+
+    facts = given.manifest["training"] | {"start": given.manifest["digest"], "seq_len": config.data.seq_len}
+    found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
+    say(f"anchor: {given.directory} with public row and statistics, written to {home}")
     return found
 
 
@@ -121,7 +148,8 @@ def domain_row(
     documents = domains.choose_owner(source, config.expert.row_documents, name, seed)
     if "statistics/states" not in anchor.manifest["tensors"]:
         raise errors.ConfigError(
-            f"{anchor.label} carries no public statistics, so no domain row can be made; train or re-import it"
+            f"{anchor.label} carries no public statistics, so no domain row can be made; "
+            f"add them: --config=configs/public.py --config.anchor.path={anchor.directory}"
         )
     public = anchor.tensor("statistics/states").astype(np.float32)
     if method == "random":
@@ -139,18 +167,19 @@ def expert_stage(
 ) -> store.Artefact:
     """Trains the owner's expert beside the frozen anchor and writes the bundle `directory/expert`."""
     name = manifest.check_name(config.expert.name)
-    home = directory / "expert"
-    if _finished(home):
-        found = store.open_bundle(home, store.config_of(anchor))
-        _check_steps(found, config.train, f"expert '{name}'")
-        say(f"expert '{name}': finished, skipped; digest {found.manifest['digest'][:12]}")
-        return found
+    home, origin = directory / "expert", anchor.manifest["digest"]
     fraction = config.expert.public_fraction
     if not 0 <= fraction < 1:
         raise errors.ConfigError(f"expert.public_fraction={fraction} must lie in [0, 1)")
+    stream = corpora.pipeline({name: 1 - fraction, config_lib.PUBLIC: fraction}, config.train)
+    made_of = _made_of(config, stream, start=origin)
+    if _finished(home):
+        found = store.open_bundle(home, store.config_of(anchor))
+        _check_made_of(found.manifest["training"], made_of, home)
+        say(f"expert '{name}': finished, skipped; digest {found.manifest['digest'][:12]}")
+        return found
     dense, params = models.load_anchor(anchor)
-    public = store.public_expert(anchor)
-    source = corpora.source(name)
+    public, source = anchor.tensors("expert"), corpora.source(name)
     say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
     row = domain_row(config, anchor, dense, params, source)
     bias = np.full(config.model.num_layers, INITIAL_BIAS, np.float32)
@@ -161,12 +190,9 @@ def expert_stage(
     )
     architecture = surgery.architecture(config.model, banks, top_k=2)
     _check_carried(pair, config.train.trainable)
-    stream = corpora.pipeline({name: 1 - fraction, config_lib.PUBLIC: fraction}, config.train)
-    trained, facts = loop.train(
-        pair, architecture, stream, config, directory, f"expert {name}", options, origin=anchor.manifest["digest"]
-    )
+    trained, facts = loop.train(pair, architecture, stream, config, directory, f"expert {name}", options, origin)
     expert = surgery.split(_replace(pair, trained), banks)[1][name]
-    facts |= {
+    facts |= made_of | {
         "data": source.digest,
         "documents": source.num_documents,
         "row_documents": config.expert.row_documents,
@@ -203,12 +229,16 @@ def joint_stage(
     config: config_lib.Config, anchor: store.Artefact, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
 ) -> models.Model:
     """Upcycles the anchor to one expert per domain and trains everything together; writes `directory/model`."""
-    home = directory / "model"
+    home, origin = directory / "model", anchor.manifest["digest"]
+    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
+    made_of = _made_of(config, stream, start=origin)
     if _finished(home):
-        say(f"joint model: finished, skipped; {home}")
-        return models.open_model(home)
+        found = models.open_model(home)
+        _check_made_of(found.anchor.manifest["training"], made_of, home)
+        say(f"joint model: finished, skipped; tree digest {found.tree_digest[:12]}")
+        return found
     names = config.mixture.experts
-    public = store.public_expert(anchor)
+    public = anchor.tensors("expert")
     rng = np.random.default_rng(config.seed)
 
     def start() -> tree.Tree:
@@ -218,20 +248,16 @@ def joint_stage(
     experts = {config_lib.PUBLIC: public, **{name: start() for name in names}}
     params, banks = surgery.join(anchor.shared(), experts, {config_lib.PUBLIC: (config_lib.PUBLIC,), "joint": names})
     architecture = surgery.architecture(config.model, banks, config.mixture.top_k)
-    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
-    trained, facts = loop.train(
-        params, architecture, stream, config, directory, "joint", options, origin=anchor.manifest["digest"]
-    )
+    trained, facts = loop.train(params, architecture, stream, config, directory, "joint", options, origin)
     shared, experts = surgery.split(_replace(params, trained), banks)
-    statistics = anchor.tensors("statistics")
 
-    def put(writer: slices.TensorWriter) -> None:
-        writer.put_tree({**shared, "expert": experts[config_lib.PUBLIC], "statistics": statistics})
+    def put(writer: slices.TensorWriter) -> None:  # no statistics: the old anchor's states are not those of the new one
+        writer.put_tree({**shared, "expert": experts[config_lib.PUBLIC]})
 
     parts = directory / "parts"
     _discard(parts)
-    tokenizer_file = store.tokenizer_path(anchor)
-    rows, facts = anchor.manifest["rows"], facts | {"seed": config.seed, "parent": anchor.manifest["digest"]}
+    tokenizer_file, rows = store.tokenizer_path(anchor), anchor.manifest["rows"]
+    facts |= made_of | {"seed": config.seed, "seq_len": config.data.seq_len}
     new = store.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=rows, training=facts)
     bundles = {name: store.write_bundle(parts / name, name, new, experts[name], facts) for name in names}
     model = models.write_model(home, new, bundles, config.mixture.top_k)
@@ -243,22 +269,24 @@ def router_stage(
     config: config_lib.Config, start: models.Model, corpora: sources.Corpora, directory: epath.Path, options: loop.Options
 ) -> models.Model:
     """Trains rows and biases of a merged model, all experts active; writes `directory/model` with new bundles."""
-    home = directory / "model"
+    home, origin = directory / "model", start.tree_digest
+    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
+    made_of = _made_of(config, stream, start=origin)
     if _finished(home):
-        say(f"router-tuned model: finished, skipped; {home}")
-        return models.open_model(home)
+        found = models.open_model(home)
+        for bundle in found.bundles.values():
+            _check_made_of(bundle.manifest["training"], made_of, home)
+        say(f"router-tuned model: finished, skipped; tree digest {found.tree_digest[:12]}")
+        return found
     architecture, params = models.load(start, top_k=len(start.bundles) + 1)
     _check_carried(params, config.train.trainable)
-    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
-    trained, facts = loop.train(
-        params, architecture, stream, config, directory, "router tuning", options, origin=start.tree_digest
-    )
+    trained, facts = loop.train(params, architecture, stream, config, directory, "router tuning", options, origin)
     experts = surgery.split(_replace(params, trained), architecture.banks)[1]
     parts = directory / "parts"
     _discard(parts)
     bundles = {}
     for name, bundle in start.bundles.items():
-        provenance = facts | {"router_tuned_with": sorted(start.bundles), "parent": bundle.manifest["digest"]}
+        provenance = facts | made_of | {"router_tuned_with": sorted(start.bundles), "parent": bundle.manifest["digest"]}
         bundles[name] = store.write_bundle(parts / name, name, start.anchor, experts[name], provenance)
     model = models.write_model(home, start.anchor, bundles, start.manifest["top_k"])
     _discard(parts)
@@ -270,6 +298,7 @@ def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath
     home = directory / "model"
     if _finished(home):
         found = models.open_model(home)
+        _check_made_of(found.manifest["experts"], {bundle.manifest["name"]: bundle.manifest["digest"]}, home)
         say(f"model: finished, skipped; tree digest {found.tree_digest[:12]}")
         return found
     found = models.write_model(home, anchor, {bundle.manifest["name"]: bundle}, top_k=2)
@@ -286,13 +315,23 @@ def _finished(home: epath.Path) -> bool:
     return (home / manifest.FILE).exists()
 
 
-def _check_steps(artefact: store.Artefact, train: config_lib.TrainConfig, label: str) -> None:
-    steps: Any = artefact.manifest["training"].get("steps")
-    if steps != train.steps:
-        raise errors.ConfigError(
-            f"{label} in {artefact.directory} was finished with {steps} steps, the config asks for {train.steps}; "
-            f"restore the value, or remove {artefact.directory} to train on"
-        )
+def _made_of(config: config_lib.Config, stream: pipeline.Pipeline, start: str) -> dict[str, Any]:
+    """What decides a trained artefact beside the config that `claim` guards: kept in its manifest."""
+    return {
+        "steps": config.train.steps,
+        "stream": tree.sha256(tree.canonical_json(stream.identity())),
+        "start": start,
+    }
+
+
+def _check_made_of(recorded: dict[str, Any], made_of: dict[str, Any], home: epath.Path) -> None:
+    """Raises ConfigError if a finished artefact was made of something else than this job would make it of."""
+    for part, value in made_of.items():
+        if recorded.get(part) != value:
+            raise errors.ConfigError(
+                f"{home} is finished, with {part} {str(recorded.get(part))[:12]}; this job has {str(value)[:12]}: "
+                f"restore it, choose another --workdir, or remove {home}"
+            )
 
 
 def _discard(directory: epath.Path) -> None:

@@ -7,7 +7,7 @@ parameters (what is trained, what decays) is a regular expression that must matc
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,15 +54,18 @@ def partition(tree: Tree, pattern: str) -> tuple[Tree, Tree]:
     Raises:
       ConfigError: the pattern is no regular expression, or matches nothing.
     """
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise errors.ConfigError(f"'{pattern}' is not a regular expression: {error}") from None
-    flat = flatten(tree)
+    regex, flat = _compiled(pattern), flatten(tree)
     chosen = {path: leaf for path, leaf in flat.items() if regex.fullmatch(path)}
     if not chosen:
         raise errors.ConfigError(f"'{pattern}' matches no parameter; the paths are {', '.join(flat)}")
     return unflatten(chosen), unflatten({path: leaf for path, leaf in flat.items() if path not in chosen})
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise errors.ConfigError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
 def combine(*trees: Tree) -> Tree:
@@ -78,13 +81,18 @@ def combine(*trees: Tree) -> Tree:
 
 def matches(tree: Tree, pattern: str) -> Tree:
     """Returns the same tree with True where the path matches, False elsewhere."""
-    regex = re.compile(pattern)
+    regex = _compiled(pattern)
     return map_with_path(lambda path, _: regex.fullmatch(path) is not None, tree)
 
 
 def count(tree: Tree) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in flatten(tree).values())
+
+
+def summary(tree: Tree) -> str:
+    """The parents of all leaves, each once: "experts/math/ffn, experts/math/router"."""
+    return ", ".join(sorted({path.rpartition("/")[0] for path in flatten(tree)}))
 
 
 def is_stacked(path: str) -> bool:
@@ -111,11 +119,17 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
 
 
-def tensor_digest(path: str, dtype: str, shape: Iterable[int], slices: Iterable[str]) -> str:
-    """Digest of one tensor from the digests of its slices in order, so that nothing has to be gathered."""
-    return sha256(canonical_json([path, dtype, list(shape), list(slices)]))
+def strict_json(data: bytes | str) -> Any:
+    """Parses JSON of which no part may be said twice; raises DuplicateKey, or ValueError as `json.loads`."""
+    return json.loads(data, object_pairs_hook=_unique)
 
 
-def tree_digest(tensors: Mapping[str, str]) -> str:
-    """Digest of a tree from {path: tensor digest}; the order of the mapping does not matter."""
-    return sha256(canonical_json(sorted(tensors.items())))
+class DuplicateKey(ValueError):
+    """A JSON object has the same key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise DuplicateKey("a key occurs twice in one object")
+    return members

@@ -1,18 +1,23 @@
-"""A run's directory: one writer at a time, atomic small files, and enough space before anything starts."""
+"""Files that are whole and on disk once they count; a run's directory: one writer at a time, and enough space at the start."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
 
 from flexjax import errors
+
+BLOCK_BYTES = 2**22
+SYNC_THREADS = 16
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -61,14 +66,67 @@ def lock(directory: epath.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """Replaces a small JSON file atomically."""
-    temporary = path.parent / f".{path.name}.partial"
+def write(path: epath.Path, content: bytes, temporary: str = "") -> None:
+    """Replaces a small file, and makes its directory: nobody sees half of it, and it is on disk when this returns.
+
+    Args:
+      path, content: what is written.
+      temporary: the name that the file has until it is whole; one of this process if not given.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    unfinished = path.parent / (temporary or f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content)
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
     except OSError as error:
         raise errors.StorageError(f"cannot write {path}: {error.strerror or error}; check space and permissions") from None
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Replaces a small JSON file, as `write` does."""
+    write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def sync(path: epath.PathLike) -> None:
+    """Returns when a file, or the list of names in a directory, is on the disk itself; does nothing in a bucket."""
+    if not is_local(path):
+        return
+    descriptor = os.open(os.fspath(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_below(directory: epath.PathLike) -> None:
+    """The same for a directory and all that it holds, however deep."""
+    if not is_local(directory):
+        return
+    found = list(os.walk(os.fspath(directory)))
+    files = [os.path.join(where, name) for where, _, names in found for name in names]
+    with futures.ThreadPoolExecutor(SYNC_THREADS) as pool:  # the kernel commits at once what waits at the same time
+        list(pool.map(sync, files))
+        list(pool.map(sync, [where for where, _, _ in found]))
+
+
+def blocks(path: epath.PathLike) -> Iterator[bytes]:
+    """The bytes of a file, 4 MiB at a time."""
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def file_digest(path: epath.PathLike) -> str:
+    """Hex SHA-256 of a file of any size."""
+    digest = hashlib.sha256()
+    for block in blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: epath.Path) -> Any:

@@ -66,6 +66,25 @@ def test_what_was_saved_is_restored_bit_for_bit_with_its_facts(home):
         assert one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+def test_files_are_hashed_in_blocks(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.workdir, "BLOCK_BYTES", 7)
+    assert max(len(block) for block in checkpoint.workdir.blocks(home / "3" / checkpoint.COMMIT)) == 7
+    checkpoint.Checkpoints(home, 10).restore(3, state())
+    assert checkpoint.workdir.file_digest(home / "3" / checkpoint.COMMIT) == tree.sha256(
+        (home / "3" / checkpoint.COMMIT).read_bytes()
+    )
+
+
+def test_a_step_is_on_disk_with_every_directory_before_it_counts(tmp_path, monkeypatch):
+    done, sync = [], checkpoint.workdir.sync
+    monkeypatch.setattr(checkpoint.workdir, "sync", lambda path: (done.append(os.fspath(path)), sync(path)))
+    found = saved(tmp_path / "c", steps=(1,))
+    below = {os.path.relpath(path, tmp_path / "c" / "1") for path in (tmp_path / "c" / "1").rglob("*")} | {"."}
+    pending = tmp_path / "c" / f"{checkpoint.PENDING}1"
+    assert {os.path.relpath(path, pending) for path in done if path.startswith(str(pending))} == below
+    assert done[-1] == os.fspath(found.directory) and done[0] == str(tmp_path)
+
+
 def test_files_are_plain_slices_that_name_their_array(home):
     names = {str(path.relative_to(home / "3")) for path in files_of(home / "3")}
     plain = next(name for name in names if "experts.math" in name and "/c/" in name)
@@ -156,7 +175,7 @@ def detected(home, rounds, seed):
         except errors.IntegrityError as error:
             count += str(path) in str(error)
         path.write_bytes(before)
-    found.verify(3)
+    found.restore(3, state())
     return count
 
 
@@ -215,7 +234,7 @@ def test_a_step_written_where_an_uncommitted_directory_lies_replaces_it_but_dele
     found.save(4, state(4.0), FACTS)
     found.wait()
     assert found.steps() == [1, 2, 3, 4]
-    found.verify(4)
+    found.restore(4, state())
     assert [path.read_text() for path in home.glob("uncommitted-4-*/precious")] == ["x"]
 
 
@@ -247,7 +266,7 @@ def test_steps_set_aside_are_steps_no_more_and_stay_on_disk(home):
     assert found.steps() == [1, 2] and len(list(home.glob("damaged-3-*/commit.json"))) == 1
     found.save(3, state(3.0), FACTS)
     found.wait()
-    found.verify(3)
+    found.restore(3, state())
     assert checkpoint.Checkpoints(home, 10).steps() == [1, 2, 3]
 
 
@@ -292,10 +311,10 @@ def fill(directory, limit, kib):
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def verify_all(directory):
+def restored(directory, like):
     found = checkpoint.Checkpoints(directory, 100)
     for step in found.steps():
-        found.verify(step)
+        found.restore(step, like)
     return found.steps()
 
 
@@ -304,7 +323,7 @@ def test_a_file_that_does_not_fit_stops_the_run_at_the_next_save_and_leaves_olde
     result = fill(home, limit, kib=512)
     assert f"cannot write checkpoint {home / '4'}" in result["said"] and "committed steps are intact: 1, 2, 3" in result["said"]
     assert result["step"] <= 5 and result["left"] == ["1", "2", "3"]
-    assert verify_all(home) == [1, 2, 3]
+    assert restored(home, state()) == [1, 2, 3]
 
 
 @pytest.mark.reliability
@@ -318,7 +337,7 @@ def test_a_full_file_system_stops_the_run_and_leaves_older_steps(tmp_path):
         result = fill(tmp_path / "checkpoints", 0, kib=1536)
         assert f"cannot write checkpoint {tmp_path / 'checkpoints'}" in result["said"], result
         assert "ENOSPC" in result["said"] or "No space left" in result["said"] or "RESOURCE_EXHAUSTED" in result["said"]
-        steps = verify_all(tmp_path / "checkpoints")
+        steps = restored(tmp_path / "checkpoints", {"w": jnp.zeros((1536 // 4, 1024))})
         assert len(steps) >= 5 and result["left"] == sorted(map(str, steps)) and result["step"] <= steps[-1] + 2
     finally:
         subprocess.run(["umount", tmp_path], check=True)

@@ -58,6 +58,9 @@ def check(printed: dict[str, str]) -> None:
     digests = [re.search(r"tree digest (\w{64})", out) for line, out in printed.items() if "merge create" in line]
     assert len(digests) == 2
     assert digests[0] and digests[1] and digests[0][1] == digests[1][1], "the order of --expert must not matter"
+    merged_by_main = [out for line, out in printed.items() if "merge show --model=runs/math_expert" in line]
+    removed = [out for line, out in printed.items() if "merge remove" in line]
+    assert re.findall(r"tree digest (\w{64})", removed[0]) == re.findall(r"tree digest (\w{64})", merged_by_main[0])
     shown = next(out for line, out in printed.items() if "merge show" in line)
     assert "math" in shown and "code" not in shown
     off = next(out for line, out in printed.items() if "--experts=public,math" in line)

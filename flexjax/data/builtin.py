@@ -24,8 +24,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from flexjax import errors
-from flexjax.data import cache
+from flexjax import errors, workdir
 
 DOMAINS = ("public", "math", "code")
 SPLITS = ("train", "validation")
@@ -60,9 +59,9 @@ def build(root: epath.PathLike) -> bool:
     for name, rows in _splits(_documents()).items():
         content = gzip.compress("".join(_line(*row) for row in rows).encode(), compresslevel=6, mtime=0)
         digests[name] = hashlib.sha256(content).hexdigest()
-        cache.write(root / name, content)
+        workdir.write(root / name, content)
     marker = {"recipe": _RECIPE, "files": digests}
-    cache.write(root / _MARKER, (json.dumps(marker, indent=1, sort_keys=True) + "\n").encode())
+    workdir.write_json(root / _MARKER, marker)
     return True
 
 

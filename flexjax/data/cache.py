@@ -1,4 +1,4 @@
-"""Files by their digest, and files and directories that appear whole or not at all."""
+"""Files by their digest, and directories that appear whole or not at all."""
 
 import contextlib
 import errno
@@ -11,9 +11,7 @@ from typing import BinaryIO
 
 from etils import epath
 
-from flexjax import errors
-
-_CHUNK_BYTES = 2**22
+from flexjax import errors, workdir
 
 
 def file_digest(path: epath.Path, copy: BinaryIO | None = None) -> str:
@@ -23,41 +21,18 @@ def file_digest(path: epath.Path, copy: BinaryIO | None = None) -> str:
       DataError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
+    for block in _blocks(path):
+        digest.update(block)
         if copy is not None:
-            copy.write(chunk)
+            copy.write(block)
     return digest.hexdigest()
 
 
-def _chunks(path: epath.Path) -> Iterator[bytes]:
+def _blocks(path: epath.Path) -> Iterator[bytes]:
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
+        yield from workdir.blocks(path)
     except OSError as error:
         raise errors.DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path is in an object store, where nothing can be memory-mapped."""
-    return "://" in str(path)
-
-
-def write(path: epath.Path, content: bytes) -> None:
-    """Writes a file, and its directory, so that nobody sees half of it.
-
-    Raises:
-      StorageError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path if is_remote(path) else path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        if temporary != path:
-            temporary.replace(path)
-    except OSError as error:
-        raise errors.StorageError(f"{path}: cannot be written ({error.strerror or type(error).__name__})") from error
 
 
 @contextlib.contextmanager

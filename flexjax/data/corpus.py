@@ -9,12 +9,12 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from etils import epath
 
-from flexjax import errors
+from flexjax import errors, tree
 
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz")
 TOKEN_SUFFIXES = (".npy", ".bin")
@@ -138,7 +138,7 @@ def _lines(path: epath.Path, limit: int) -> Iterator[tuple[int, bytes | None]]:
     try:
         with path.open("rb") as raw:
             compressed = path.name.endswith(".gz")
-            stream: BinaryIO = gzip.GzipFile(fileobj=raw) if compressed else raw  # type: ignore[assignment]
+            stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if compressed else raw
             while line := stream.readline(limit + 1):
                 number += 1
                 if len(line) <= limit:
@@ -158,11 +158,13 @@ def _parse(line: bytes, field: str) -> tuple[str, int]:
     if not line.strip():
         raise _BadDocument("blank line")
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        row = tree.strict_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _BadDocument(f"invalid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise _BadDocument(f"broken JSON at column {error.colno}") from None
+    except tree.DuplicateKey as error:
+        raise _BadDocument(str(error)) from None
     except (ValueError, RecursionError):
         raise _BadDocument("JSON with a number or nesting beyond all measure") from None
     if not isinstance(row, dict):
@@ -178,13 +180,6 @@ def _parse(line: bytes, field: str) -> tuple[str, int]:
         return text, len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise _BadDocument(f"lone surrogate at character {error.start}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise _BadDocument("a key occurs twice in one object")
-    return row
 
 
 def token_array(path: epath.PathLike, *, token_dtype: str, vocab_size: int) -> np.ndarray:

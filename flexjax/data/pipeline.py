@@ -7,7 +7,6 @@ sources and their weights alone: not on the number of hosts, nor on where a run 
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,17 +25,17 @@ _ENDLESS = 2**62
 
 
 class _Windows:
-    """The windows of a source as a grain data source: (ids `[<= T+1]`, index of the source)."""
+    """The windows of a source as a grain data source: ids `[<= T+1]`."""
 
-    def __init__(self, source: tokens_lib.TokenSource, index: int, seq_len: int):
-        self._source, self._index, self._seq_len = source, index, seq_len
+    def __init__(self, source: tokens_lib.TokenSource, seq_len: int):
+        self._source, self._seq_len = source, seq_len
 
     def __len__(self) -> int:
         return math.ceil((self._source.num_tokens - 1) / self._seq_len)
 
-    def __getitem__(self, window: Any) -> tuple[np.ndarray, int]:
+    def __getitem__(self, window: Any) -> np.ndarray:
         start = int(window) * self._seq_len
-        return self._source.read(start, start + self._seq_len + 1), self._index
+        return self._source.read(start, start + self._seq_len + 1)
 
 
 class _Batches:
@@ -60,7 +59,7 @@ class Pipeline:
 
     A batch is a dict: `tokens`, `targets` int32 `[B, T]`; `weights` float32 `[B, T]`, 0 at padding; `segments` int32
     `[B, T]`, the number of the document inside the window (the EOS before a document belongs to it), or all 0 with
-    `attend_across_documents`; `source` int32 `[B]`, an index into `names`.
+    `attend_across_documents`.
 
     Attributes:
       names: the sources' names, sorted.
@@ -84,10 +83,10 @@ class Pipeline:
         self._attend_across_documents, self._prefetch = attend_across_documents, prefetch
         self._eos_id = sources[self.names[0]].eos_id
         datasets = [
-            grain.MapDataset.source(_Windows(sources[name], index, seq_len))
+            grain.MapDataset.source(_Windows(sources[name], seq_len))
             .shuffle(seed=_shuffle_seed(seed, name))
             .repeat(reseed_each_epoch=True)
-            for index, name in enumerate(self.names)
+            for name in self.names
         ]
         self._dataset = grain.MapDataset.mix(datasets, list(self._weights.values()))
 
@@ -95,10 +94,9 @@ class Pipeline:
         """Returns the rows (all, a slice or a list of indices in `[0, B)`) of the batch of a step."""
         chosen = np.arange(self._batch_size)[slice(None) if rows is None else rows]
         windows = [self._dataset[step * self._batch_size + int(row)] for row in chosen]
-        batch = _pack([ids for ids, _ in windows], self._seq_len, self._eos_id)
+        batch = _pack(windows, self._seq_len, self._eos_id)
         if self._attend_across_documents:
             batch["segments"] = np.zeros_like(batch["segments"])
-        batch["source"] = np.array([index for _, index in windows], np.int32)
         return batch
 
     def iterate(self, start_step: int = 0, rows: Rows = None) -> Generator[Batch]:
@@ -125,11 +123,6 @@ class Pipeline:
             "seed": self._seed,
             "global_batch": self._batch_size,
         }
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the identity, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -204,10 +197,6 @@ class EvaluationBatches:
         self._documents = source.documents[: self.num_documents]
         self.num_tokens = int((self._documents[:, 1] - self._documents[:, 0]).sum())
 
-    def __len__(self) -> int:
-        rows = math.ceil((self.num_tokens + self.num_documents - 1) / self._seq_len)
-        return math.ceil(rows / self._batch_size)
-
     def __iter__(self) -> Iterator[Batch]:
         windows: list[np.ndarray] = []
         for window in self._windows():
@@ -236,7 +225,6 @@ class EvaluationBatches:
         padding = [windows[0][:0]] * (self._batch_size - len(windows))
         batch = _pack([*windows, *padding], self._seq_len, self._source.eos_id)
         batch["weights"] *= batch["targets"] != self._source.eos_id
-        batch["source"] = np.zeros(self._batch_size, np.int32)
         return batch
 
 

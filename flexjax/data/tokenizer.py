@@ -16,8 +16,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from flexjax import errors
-from flexjax.data import cache
+from flexjax import errors, workdir
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -47,10 +46,8 @@ class Tokenizer(abc.ABC):
     eos_id: int
     vocab_size: int
     digest: str
-    _file: str
 
     def __init__(self, content: bytes):
-        self._content = content
         self.digest = hashlib.sha256(content).hexdigest()
 
     @abc.abstractmethod
@@ -95,19 +92,9 @@ class Tokenizer(abc.ABC):
         if text := self.decode(held):
             yield text
 
-    def save(self, directory: epath.PathLike) -> None:
-        """Writes the model file into a directory, under its fixed name; `load` takes the directory.
-
-        Raises:
-          StorageError: the file cannot be written.
-        """
-        cache.write(epath.Path(directory) / self._file, self._content)
-
 
 class SentencePiece(Tokenizer):
     """A SentencePiece model. Decoding is our own table of bytes, since the library's cannot tell U+2581 from a space."""
-
-    _file = SENTENCEPIECE_FILE
 
     def __init__(self, content: bytes):
         super().__init__(content)
@@ -139,8 +126,6 @@ class SentencePiece(Tokenizer):
 
 class HuggingFace(Tokenizer):
     """A `tokenizer.json`. Names of special tokens in a text are text."""
-
-    _file = HUGGING_FACE_FILE
 
     def __init__(self, content: bytes):
         super().__init__(content)
@@ -188,13 +173,8 @@ def _groups(parts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def load(path: epath.PathLike) -> Tokenizer:
-    """Reads a `.model` or `.json` file, or the one of either in a directory.
-
-    Raises:
-      ConfigError: there is no such file, it has no EOS, or it does not give back the text.
-      IntegrityError: the file is broken.
-    """
+def model_file(path: epath.PathLike) -> epath.Path:
+    """Returns the path of a `.model` or `.json` file, or the one of either in a directory; raises ConfigError."""
     path = epath.Path(path)
     if path.is_dir():
         found = [path / name for name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE) if (path / name).exists()]
@@ -204,6 +184,17 @@ def load(path: epath.PathLike) -> Tokenizer:
                 "name the file in data.tokenizer"
             )
         path = found[0]
+    return path
+
+
+def load(path: epath.PathLike) -> Tokenizer:
+    """Reads a `.model` or `.json` file, or the one of either in a directory.
+
+    Raises:
+      ConfigError: there is no such file, it has no EOS, or it does not give back the text.
+      IntegrityError: the file is broken.
+    """
+    path = model_file(path)
     kinds: dict[str, type[Tokenizer]] = {".model": SentencePiece, ".json": HuggingFace}
     if path.suffix not in kinds:
         raise errors.ConfigError(f"{path}: a tokenizer is a .model or .json file; set data.tokenizer")
@@ -258,7 +249,7 @@ def train(texts: Iterable[str], vocab_size: int, path: epath.PathLike) -> Tokeni
             f"{path}: no tokenizer of {vocab_size} pieces can be trained on these texts; there must be some text, and room "
             "for the 256 bytes and every frequent character: give more text or raise model.vocab_size"
         ) from None
-    cache.write(path, content.getvalue())
+    workdir.write(path, content.getvalue())
     return _checked(SentencePiece, content.getvalue(), str(path))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from flexjax import config, errors
+from flexjax import config, errors, workdir
 from flexjax.data import cache, corpus
 from flexjax.data import tokenizer as tokenizer_lib
 
@@ -93,13 +93,6 @@ class TokenSource:
             return int(self._document_bytes[index])
         return len(self._tokenizer.decode(self.document(index)).encode("utf-8"))
 
-    @functools.cached_property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the whole text; decodes everything if the source is a token file."""
-        if self._document_bytes is not None:
-            return int(self._document_bytes.sum(dtype=np.int64))
-        return sum(self.document_bytes(i) for i in range(self.num_documents))
-
 
 def _runs(array: np.ndarray, eos_id: int) -> Iterator[np.ndarray]:
     """Bounds of the runs without EOS, int64 `[runs, 2]` per chunk read; an array's end also ends a run."""
@@ -135,7 +128,7 @@ def tokenize(
     """
     paths = [epath.Path(path) for path in paths]
     cache_dir = epath.Path(cache_dir)
-    if cache.is_remote(cache_dir):
+    if not workdir.is_local(cache_dir):
         raise errors.ConfigError(f"{cache_dir}: tokens are memory-mapped; set data.cache_dir to a local directory")
     if tokenizer.vocab_size > vocab_size:
         raise errors.ConfigError(
@@ -198,7 +191,7 @@ def _from_token_files(
     digests, arrays = [], []
     for path in paths:
         digest = cache.file_digest(path)
-        if cache.is_remote(path):
+        if not workdir.is_local(path):
             path = _local_copy(path, digest, cache_dir)
         digests.append(digest)
         arrays.append(corpus.token_array(path, token_dtype=data_config.token_dtype, vocab_size=vocab_size))

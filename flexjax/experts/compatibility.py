@@ -7,7 +7,7 @@ from flexjax import errors
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import store
 
-FIELDS = ("anchor", "tokenizer", "config")  # the order in which a mismatch is most telling last
+FIELDS = ("config", "tokenizer", "anchor")  # the anchor's digest covers the other two, so it comes last
 
 
 @dataclasses.dataclass(frozen=True)

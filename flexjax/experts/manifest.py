@@ -9,14 +9,13 @@ A manifest from somebody else is read strictly: bounded size and depth, no dupli
 """
 
 import dataclasses
-import json
 import re
 from typing import Any
 
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
+from flexjax import errors, tree, workdir
 from flexjax.experts import slices
 
 FORMAT = 1
@@ -68,14 +67,14 @@ def seal(manifest: Manifest) -> Manifest:
 
 
 def write(directory: epath.PathLike, manifest: Manifest) -> None:
-    """Writes the manifest last of all files: it is the commit point of its directory."""
-    final = epath.Path(directory) / FILE
-    temporary = final.parent / PARTIAL
+    """Writes the manifest last of all files: it is the commit point of its directory, all of which is on disk by then."""
+    home = epath.Path(directory)
     try:
-        temporary.write_bytes(tree.canonical_json(manifest) + b"\n")
-        temporary.replace(final)
+        workdir.sync_below(home)
+        workdir.write(home / FILE, tree.canonical_json(manifest) + b"\n", PARTIAL)
+        workdir.sync(home.parent)
     except OSError as error:
-        raise errors.StorageError(f"cannot write {final}: {error.strerror or error}; check space and permissions") from None
+        raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
 
 
 def kind(directory: epath.PathLike) -> str:
@@ -168,11 +167,6 @@ def _check_fields(manifest: Manifest, where: str) -> None:
 
 
 def _parse(data: bytes, path: epath.Path) -> Manifest:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
     try:
         depth = deepest = 0
         for byte in data:
@@ -180,7 +174,7 @@ def _parse(data: bytes, path: epath.Path) -> Manifest:
             deepest = max(deepest, depth)
         if deepest > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH}")
-        manifest = json.loads(data, object_pairs_hook=unique)
+        manifest = tree.strict_json(data)
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
         if tree.canonical_json(manifest) + b"\n" != data:

@@ -79,7 +79,7 @@ def open_model(directory: epath.PathLike) -> Model:
 
 def load(model: Model, top_k: int | None = None) -> tuple[transformer.Architecture, tree.Tree]:
     """Reads a merged model into memory, as float32 NumPy arrays or the published dtype, in the standard banks."""
-    experts = {config_lib.PUBLIC: store.public_expert(model.anchor)}
+    experts = {config_lib.PUBLIC: model.anchor.tensors("expert")}
     for name, bundle in model.bundles.items():
         experts[name] = bundle.tensors("expert")
         for path, leaf in tree.flatten(experts[name]).items():
@@ -91,7 +91,7 @@ def load(model: Model, top_k: int | None = None) -> tuple[transformer.Architectu
 
 def load_anchor(anchor: store.Artefact) -> tuple[transformer.Architecture, tree.Tree]:
     """Reads an anchor into memory as a dense model."""
-    params, banks = surgery.join(anchor.shared(), {config_lib.PUBLIC: store.public_expert(anchor)})
+    params, banks = surgery.join(anchor.shared(), {config_lib.PUBLIC: anchor.tensors("expert")})
     return surgery.architecture(store.config_of(anchor), banks, 1), params
 
 

@@ -15,7 +15,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from etils import epath
 
-from flexjax import errors, tree
+from flexjax import errors, tree, workdir
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -109,7 +109,7 @@ def read_file(path: epath.Path, size: int) -> bytes:
     Raises:
       IntegrityError: the file is missing, of another size, or no regular file.
     """
-    if isinstance(path, epath.gpath.PosixGPath) and "://" in str(path):
+    if not workdir.is_local(path):
         if not path.exists():
             raise errors.IntegrityError(f"{path} is missing; restore the file or fetch the directory again")
         data = path.read_bytes()

@@ -16,10 +16,11 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
+from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import schema, slices, surgery
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+TOKENIZER_FILES = (tokenizer_lib.SENTENCEPIECE_FILE, tokenizer_lib.HUGGING_FACE_FILE)
 TOKENIZER_BYTES = 2**28
 
 
@@ -180,11 +181,6 @@ def _check_tokenizer_entry(anchor: Artefact) -> None:
     sound = isinstance(entry, dict) and set(entry) == {"file", "digest"} and entry["file"] in TOKENIZER_FILES
     if entry is not None and not sound:
         raise errors.IntegrityError(f"{anchor.label}: the tokenizer must be one of {', '.join(TOKENIZER_FILES)} and its digest")
-
-
-def public_expert(anchor: Artefact) -> tree.Tree:
-    """The anchor's own expert, router row included."""
-    return anchor.tensors("expert")
 
 
 def write_bundle(

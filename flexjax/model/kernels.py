@@ -6,6 +6,7 @@ place, so the cost follows the rows that exist: nothing is dropped, nothing is p
 `jax.lax.ragged_dot`.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -20,12 +21,12 @@ def project(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, ".
     return jnp.dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[1])
 
 
-def _fold(starts: Array, sizes: Array, group: int, step: object, initial: Array) -> Array:
+def _fold(starts: Array, sizes: Array, group: int, step: Callable[[Array, Array, Array], Array], initial: Array) -> Array:
     """Folds `step(carry, first_row, rows_that_count)` over the blocks of one group."""
 
     def body(i: Array, carry: Array) -> Array:
         counts = i * BLOCK_ROWS + jnp.arange(BLOCK_ROWS) < sizes[group]
-        return step(carry, starts[group] + i * BLOCK_ROWS, counts[:, None])  # type: ignore[operator]
+        return step(carry, starts[group] + i * BLOCK_ROWS, counts[:, None])
 
     return jax.lax.fori_loop(0, (sizes[group] + BLOCK_ROWS - 1) // BLOCK_ROWS, body, initial)
 

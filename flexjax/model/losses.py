@@ -97,7 +97,11 @@ def sequence_mean(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> 
     return (values * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
 
 
-def load_balance(stats: router.RoutingStats) -> Float[Array, ""]:
-    """E * sum_e load_e * probability_e, mean over layers; 1 when balanced (Switch Transformer, eq. 4; load is per choice)."""
-    load, probability = stats.load.mean(axis=1), stats.probability.mean(axis=1)  # [L, E]
-    return load.shape[-1] * (jax.lax.stop_gradient(load) * probability).sum(axis=-1).mean()
+def load_balance(stats: router.RoutingStats, share: Float[Array, " B"]) -> Float[Array, ""]:
+    """E * sum_e load_e * probability_e, mean over layers; 1 when balanced (Switch Transformer, eq. 4; load is per choice).
+
+    `share` is each sequence's share of the batch's tokens.
+    """
+    load = jax.lax.stop_gradient(jnp.einsum("LBE,B->LE", stats.load, share))
+    probability = jnp.einsum("LBE,B->LE", stats.probability, share)
+    return load.shape[-1] * (load * probability).sum(axis=-1).mean()

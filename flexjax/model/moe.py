@@ -116,7 +116,8 @@ def apply(
     routing: router.Routing,
     allowed: Bool[Array, "B E"] | None,
 ) -> Float[Array, "B T D"]:
-    """Chooses the path: dense for a pair or when every expert is active, dropless when k < E."""
-    if routing.indices.shape[-1] == routing.probabilities.shape[-1]:
+    """Chooses the path: dense for a pair and when every expert is active, else dropless."""
+    num_experts = routing.probabilities.shape[-1]
+    if num_experts <= 2 or routing.indices.shape[-1] == num_experts:
         return dense(h, ffns, banks, router.dense_gates(routing), allowed)
     return dropless(h, ffns, banks, routing)

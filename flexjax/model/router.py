@@ -9,7 +9,6 @@ Canonical order is `public` first, then the other names sorted: experts are know
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -176,16 +175,16 @@ def _constrain_bank(experts: dict[str, Any]) -> dict[str, Any]:
     return {**experts, "router": router}
 
 
-def free(params: dict[str, Any], pattern: str, floor: float = 1e-3) -> dict[str, Any]:
-    """Inverse of `constrain` for the biases to be trained: those for which `experts/<bank>/router/raw_bias` matches.
+FLOOR = 1e-3  # a bias nearer to 0 is moved here to be trained, since the map has no gradient at 0
 
-    A bias above -floor is moved there, since the map has no gradient at 0.
-    """
+
+def free(trainable: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `constrain`: each `bias` of a tree that is to be trained becomes a `raw_bias`."""
     banks = {}
-    for bank, experts in params["experts"].items():
+    for bank, experts in trainable.get("experts", {}).items():
         router = dict(experts.get("router", {}))
-        if "bias" in router and re.fullmatch(pattern, f"experts/{bank}/router/raw_bias"):
-            router["raw_bias"] = raw_bias(jnp.minimum(router.pop("bias"), -floor))
+        if "bias" in router:
+            router["raw_bias"] = raw_bias(jnp.minimum(router.pop("bias"), -FLOOR))
             experts = {**experts, "router": router}
         banks[bank] = experts
-    return {**params, "experts": banks}
+    return {**trainable, "experts": banks} if banks else trainable

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -65,8 +64,8 @@ def train(
     settings = config.train
     _check(settings, architecture)
     compute = transformer.Compute(jnp.dtype(settings.compute_dtype), settings.remat, settings.scan_layers)
-    trainable, frozen = tree.partition(router.free(params, settings.trainable), settings.trainable)
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)  # a copy: it is donated
+    trainable, frozen = tree.partition(params, settings.trainable)
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), router.free(trainable))  # a copy: it is donated
     frozen = _cast(frozen, jnp.dtype(settings.frozen_dtype))
     optimizer = optimizer_lib.make(settings, trainable)
     state = step_lib.init_state(trainable, optimizer)
@@ -83,6 +82,7 @@ def train(
     cost = flops.per_token(architecture, trainable, config.data.seq_len)
     tokens_per_step = settings.batch_size * config.data.seq_len
     log = metrics.Log(directory, title, start, settings.steps, tokens_per_step, cost.total)
+    log.note(f"{title}: trains {tree.count(trainable):,} of {tree.count(params):,} parameters: {tree.summary(trainable)}")
     if start:
         log.note(f"{title}: resumed at step {start} of {settings.steps}")
 
@@ -142,11 +142,13 @@ def _check(settings: config_lib.TrainConfig, architecture: transformer.Architect
         raise errors.ConfigError(
             f"train.accumulation={settings.accumulation} must divide train.batch_size={settings.batch_size}"
         )
-    for name in ("trainable", "decayed"):
-        try:
-            re.compile(getattr(settings, name))
-        except re.error as error:
-            raise errors.ConfigError(f"train.{name}='{getattr(settings, name)}' is not a regular expression: {error}") from None
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise errors.ConfigError(f"train.{name} is {getattr(settings, name)}, expected a value from 0 to below 1")
+    if settings.clip_norm <= 0 or settings.spike_factor <= 1:
+        raise errors.ConfigError(
+            f"train.clip_norm={settings.clip_norm} must be above 0 and train.spike_factor={settings.spike_factor} above 1"
+        )
     for name in ("compute_dtype", "frozen_dtype"):
         if getattr(settings, name) not in ("float32", "bfloat16"):
             raise errors.ConfigError(f"train.{name} is '{getattr(settings, name)}', expected 'float32' or 'bfloat16'")
@@ -169,7 +171,9 @@ def _resume(checkpoints: checkpoint_lib.Checkpoints, state: Any, facts: dict[str
     for step in reversed(checkpoints.steps()):
         try:
             saved = checkpoints.facts(step)
-            check_config(saved["config"], facts["config"], options)
+            changed = config_lib.check_same_run(saved["config"], facts["config"], options.allow_schedule_change)
+            for change in changed:
+                print(f"warning: schedule changed by request: {change}", file=sys.stderr)
             pipeline_lib.check_identity(saved["data"], facts["data"])
             restored = checkpoints.restore(step, state)
         except errors.IntegrityError as error:
@@ -183,25 +187,6 @@ def _resume(checkpoints: checkpoint_lib.Checkpoints, state: Any, facts: dict[str
     if damaged:
         raise errors.IntegrityError(f"{checkpoints.directory}: no committed step is intact; remove them to begin from scratch")
     return state
-
-
-def check_config(saved: dict[str, Any], current: dict[str, Any], options: Options) -> None:
-    """Refuses to continue a run with a config that would make another one; both as `config.to_dict` gives them.
-
-    Raises:
-      ConfigError: an identity field changed, or a schedule field without `allow_schedule_change`.
-    """
-    changed = config_lib.changes(saved, current)
-    if changed["identity"]:
-        raise errors.ConfigError(
-            f"the workdir holds another run: {'; '.join(changed['identity'])}; restore the value or choose another --workdir"
-        )
-    if changed["schedule"] and not options.allow_schedule_change:
-        raise errors.ConfigError(
-            f"the schedule changed: {'; '.join(changed['schedule'])}; restore it or pass --allow_schedule_change"
-        )
-    for change in changed["schedule"]:
-        print(f"warning: schedule changed by request: {change}", file=sys.stderr)
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -28,11 +29,11 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s of one device, from the makers' data sheets
 
 
 def peak_flops() -> float:
-    """FLOP/s that all devices of this run could do: from a table, or measured on CPU by one float32 matrix product."""
+    """FLOP/s that the device of this run could do: from a table, or measured on CPU by one float32 matrix product."""
     device = jax.devices()[0]
     for kind, peak in PEAK_FLOPS.items():
         if device.device_kind.startswith(kind):
-            return peak * jax.device_count()
+            return peak
     x = jnp.ones((1024, 1024), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
@@ -90,7 +91,7 @@ class Log:
             row["eta_seconds"] = per_step * (self.steps - step)
         self._clock = (step, now)  # the first interval holds compilation and is not counted
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n")
             self._file.flush()
             self._board.write(step, scalars(row, experts))
         except OSError as error:
@@ -157,6 +158,13 @@ def scalars(row: dict[str, Any], experts: tuple[str, ...]) -> dict[str, float]:
             for expert, number in zip(experts, of_layer, strict=True):
                 points[f"{name}/{expert}/layer{layer:02d}"] = number
     return points
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON can hold it: null for NaN and infinity."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: epath.Path) -> list[dict[str, Any]]:

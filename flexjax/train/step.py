@@ -84,7 +84,7 @@ def batch_loss(
     config: config_lib.TrainConfig,
     head_trainable: bool,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
-    """Token-weighted mean of the sequence losses plus the load-balancing loss of the batch, and the metrics."""
+    """Token-weighted mean of the sequence losses plus the load-balancing loss of this (micro-)batch, and the metrics."""
     per_sequence, extra = sequence_losses(params, batch, architecture, compute, config, head_trainable)
     tokens = batch["weights"].sum(axis=1)
     share = tokens / jnp.maximum(tokens.sum(), 1)
@@ -92,7 +92,7 @@ def batch_loss(
     metrics = {name: (values * share).sum() for name, values in extra["parts"].items()}
     routing = extra["routing"]
     if routing is not None:
-        balance = losses.load_balance(routing)
+        balance = losses.load_balance(routing, share)
         loss = loss + config.load_balance_loss * balance
         metrics |= {
             "load_balance": balance,

@@ -226,9 +226,9 @@ def test_full_disk(refuse, commands, job, max_bytes):
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="the extra is installed")
 def test_bucket_without_the_extra(refuse, commands, job):
-    refuse(commands.main, [*job, "--workdir=gs://bucket/run"], STORAGE, "gcsfs", "pip install -e '.[gcs]'")
-    refuse(commands.main, [*job, "--config.anchor.path=gs://bucket/anchor"], STORAGE, "gcsfs", "pip install")
-    refuse(commands.main, [*job, "--workdir=hdfs2://bucket/run"], STORAGE, "hdfs2://", "local path")
+    refuse(commands.main, [*job, "--workdir=gs://bucket/run"], CONFIG, "gs://bucket/run", "no local directory")
+    refuse(commands.main, [*job, "--config.anchor.path=gs://bucket/anchor"], STORAGE, "gcsfs", "pip install -e '.[gcs]'")
+    refuse(commands.main, [*job, "--config.anchor.path=hdfs2://bucket/anchor"], STORAGE, "hdfs2://", "local path")
 
 
 def test_busy_workdir(refuse, commands, tiny, house):

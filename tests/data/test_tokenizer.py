@@ -109,14 +109,13 @@ def test_training_is_deterministic_and_saves(tokenizer, tmp_path):
     for piece in ("\n", "\t", "    ", "        "):
         assert len(first.encode(piece)) == 1, piece
     assert len(first.encode("1234")) == 4
-    second.save(tmp_path / "c")
-    assert tokenizer_lib.load(tmp_path / "c").digest == tokenizer_lib.load(tmp_path / "a/tokenizer.model").digest
+    assert tokenizer_lib.load(tmp_path / "a").digest == tokenizer_lib.load(tmp_path / "b" / "own.model").digest == first.digest
 
 
-def test_saving_a_hugging_face_file(byte_level, tmp_path):
-    byte_level.save(tmp_path)
-    assert tokenizer_lib.load(tmp_path).digest == byte_level.digest
+def test_a_directory_stands_for_the_file_in_it(byte_level, tmp_path):
     byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_lib.model_file(tmp_path) == tokenizer_lib.model_file(tmp_path / "tokenizer.json")
+    assert tokenizer_lib.load(tmp_path).digest == byte_level.digest
 
 
 @pytest.mark.parametrize("texts, size", [([], 300), (["abc"], 100), (["\x00", SPACE], 300)])
@@ -152,6 +151,6 @@ def test_load_refuses(tokenizer, tmp_path):
     special["added_tokens"][1]["special"] = False  # then the text "<|endoftext|>" would end a document
     (tmp_path / "special.json").write_text(json.dumps(special))
     refused(errors.ConfigError, "does not give back its text", tmp_path / "special.json")
-    tokenizer.save(tmp_path / "two")
+    tokenizer_lib.train(["some text"] * 9, 300, tmp_path / "two")
     byte_level_bpe().save(str(tmp_path / "two" / "tokenizer.json"))
     refused(errors.ConfigError, "found 2", tmp_path / "two")

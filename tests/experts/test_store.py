@@ -79,7 +79,7 @@ def verify(directory):
 
 def test_everything_comes_back_bit_for_bit(home):
     anchor = store.open_anchor(home / "anchor")
-    assert equal(anchor.shared(), SHARED) and equal(store.public_expert(anchor), EXPERTS["public"])
+    assert equal(anchor.shared(), SHARED) and equal(anchor.tensors("expert"), EXPERTS["public"])
     assert equal(anchor.tensors("statistics"), {"states": STATES})
     assert store.config_of(anchor) == CONFIG and anchor.manifest["training"] == {"steps": 3}
     bundle = store.open_bundle(home / "beta", CONFIG)

@@ -77,6 +77,9 @@ def test_sequence_mean_counts_only_weighted_tokens():
     np.testing.assert_allclose(losses.sequence_mean(values, weights), [1.5, 0.0])
 
 
+EVEN = jnp.array([0.5, 0.5])
+
+
 def stats_of(load, probability):
     def rows(values):
         return jnp.tile(jnp.asarray(values, jnp.float32), (3, 2, 1))
@@ -86,8 +89,8 @@ def stats_of(load, probability):
 
 
 def test_load_balance_is_one_when_uniform_and_the_number_of_experts_when_collapsed():
-    np.testing.assert_allclose(losses.load_balance(stats_of([0.25] * 4, [0.25] * 4)), 1, rtol=1e-6)
-    np.testing.assert_allclose(losses.load_balance(stats_of([1, 0, 0, 0], [1, 0, 0, 0])), 4, rtol=1e-6)
+    np.testing.assert_allclose(losses.load_balance(stats_of([0.25] * 4, [0.25] * 4), EVEN), 1, rtol=1e-6)
+    np.testing.assert_allclose(losses.load_balance(stats_of([1, 0, 0, 0], [1, 0, 0, 0]), EVEN), 4, rtol=1e-6)
     routing = router.route(jnp.ones((2, 3, 4)), jnp.zeros((4, 4)), jnp.zeros(4), 2, None)
     stats = jax.tree.map(lambda a: a[None], router.stats(routing, jnp.ones((2, 3))))
-    np.testing.assert_allclose(losses.load_balance(stats), 1, rtol=1e-6)
+    np.testing.assert_allclose(losses.load_balance(stats, EVEN), 1, rtol=1e-6)

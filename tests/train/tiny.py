@@ -107,7 +107,8 @@ def run(name, **changes):
 def _run(name, changes):
     config = settings(name, **dict(changes))
     compute = transformer.Compute(jnp.dtype(config.compute_dtype), config.remat, config.scan_layers)
-    trainable, frozen = tree.partition(router.free(params_of(name), config.trainable), config.trainable)
+    trainable, frozen = tree.partition(params_of(name), config.trainable)
+    trainable = router.free(trainable)
     optimizer = optimizer_lib.make(config, trainable)
     head = "head/kernel" in tree.flatten(trainable)
     step = step_lib.make_step(ARCHITECTURES[name], compute, config, optimizer, head)

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
+from flexjax import errors, tree, workdir
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, slices, store
 from flexjax.experts.huggingface import config as huggingface_config
@@ -156,7 +156,7 @@ def _write_expert(
 
     bundle = store.stream_bundle(home / "experts" / "incoming", name, anchor, config.d_ff, put, training)
     final = home / "experts" / bundle.manifest["digest"]
-    if "://" in str(home):
+    if not workdir.is_local(home):
         store.copy(bundle, final)
         bundle.directory.rmtree()
     else:

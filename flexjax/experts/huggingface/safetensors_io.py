@@ -16,7 +16,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from etils import epath
 
-from flexjax import errors
+from flexjax import errors, tree
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,14 +71,8 @@ class Planned:
 
 def parse_json(data: bytes, where: epath.PathLike) -> dict[str, Any]:
     """Parses a JSON object without repeated keys; raises IntegrityError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
     try:
-        value = json.loads(data, object_pairs_hook=unique)
+        value = tree.strict_json(data)
         if not isinstance(value, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
