@@ -3,7 +3,9 @@
 python -m flexjax.main --config=configs/code_expert.py [--config.anchor.path=DIR]
 python -m flexjax.main --config=configs/code_expert.py:mini --config.data.root=DIR
 
-Quickstart: about 1.5 minutes on 2 CPU cores beside a given anchor. Variants: quickstart, mini (--config.data.root=DIR), 7b.
+Quickstart: 1 min 27 s on 2 CPU cores beside a given anchor; code 2.27 -> 1.66 bits per byte,
+public 1.80 -> 1.83.
+Variants: quickstart, mini (--config.data.root=DIR), 7b.
 """
 
 from flexjax import config as config_lib

@@ -3,7 +3,9 @@
 python -m flexjax.main --config=configs/math_expert.py [--config.anchor.path=DIR]
 python -m flexjax.main --config=configs/math_expert.py:mini --config.data.root=DIR
 
-Quickstart: 2 min 47 s on 2 CPU cores, anchor included; math 2.08 -> 1.82 bits per byte, public 1.80 -> 1.81. Variants: quickstart, mini (--config.data.root=DIR), 7b.
+Quickstart: 2 min 47 s on 2 CPU cores, anchor included; math 2.08 -> 1.82 bits per byte,
+public 1.80 -> 1.81.
+Variants: quickstart, mini (--config.data.root=DIR), 7b.
 """
 
 from flexjax import config as config_lib

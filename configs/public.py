@@ -2,7 +2,8 @@
 
 python -m flexjax.main --config=configs/public.py
 
-Quickstart: about 2 minutes on 2 CPU cores; 1.80 bits per byte on public text. Variants: quickstart, mini (--config.data.root=DIR), 7b.
+Quickstart: about 2 minutes on 2 CPU cores; 1.80 bits per byte on public text.
+Variants: quickstart, mini (--config.data.root=DIR), 7b.
 """
 
 from flexjax import config as config_lib

@@ -1,6 +1,6 @@
 """Training checkpoints: asynchronous, atomic, verified.
 
-    checkpoints/<step>/state/...      arrays, written by Orbax without packing or compression
+    checkpoints/<step>/state/...      arrays, written by Orbax without packing or compression, a file per layer
     checkpoints/<step>/commit.json    facts, shapes and dtypes, the SHA-256 of every file, and its own
 
 A step is written under another name and renamed when `commit.json` is on disk: that rename is the commit. Whatever has no

@@ -87,10 +87,30 @@ def test_a_step_is_on_disk_with_every_directory_before_it_counts(tmp_path, monke
 
 def test_files_are_plain_slices_that_name_their_array(home):
     names = {str(path.relative_to(home / "3")) for path in files_of(home / "3")}
-    plain = next(name for name in names if "experts.math" in name and "/c/" in name)
-    data = (home / "3" / plain).read_bytes()
-    assert data.startswith(np.full(6, 3, np.float32).tobytes()) and len(data) == 24 + 20  # and the shard's index
+    layers = sorted(name for name in names if "experts.math" in name and "/c/" in name)
+    assert [name[-6:] for name in layers] == ["/c/0/0", "/c/1/0"]
+    for name in layers:
+        data = (home / "3" / name).read_bytes()
+        assert data.startswith(np.full(3, 3, np.float32).tobytes()) and len(data) == 12 + 20  # and the shard's index
     assert not any("ocdbt" in name for name in names)
+
+
+def test_only_a_layer_axis_is_cut(tmp_path):
+    found = checkpoint.Checkpoints(tmp_path / "c", 1)
+    params = {"embed": {"embedding": jnp.ones((4, 3))}, "layers": {"attention": {"q": jnp.arange(24.0).reshape(4, 3, 2)}}}
+    like = State(params, jnp.zeros((), jnp.int32))
+    found.save(1, like, {})
+    found.wait()
+    names = sorted(
+        path.relative_to(tmp_path / "c" / "1" / "state" / "state").as_posix() for path in (tmp_path / "c").rglob("0")
+    )
+    q = [f"params.layers.attention.q/c/{layer}/0/0" for layer in range(4)]
+    assert [name for name in names if (tmp_path / "c" / "1" / "state" / "state" / name).is_file()] == [
+        "params.embed.embedding/c/0/0",
+        *q,
+    ]
+    for one, other in zip(jax.tree.leaves(found.restore(1, like)), jax.tree.leaves(like), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 def test_the_newest_steps_are_kept_by_number_whatever_the_clock_says(tmp_path):
@@ -294,7 +314,7 @@ if sys.argv[2] != "0":
 said, step = None, found.steps()[-1] if found.steps() else 0
 try:
     for step in range(step + 1, step + 200):
-        found.save(step, {"w": jnp.full((int(sys.argv[3]), 1024), float(step))}, {})
+        found.save(step, {"embed": {"w": jnp.full((int(sys.argv[3]), 1024), float(step))}}, {})
     found.wait()
 except errors.StorageError as error:
     said = str(error)
@@ -337,7 +357,7 @@ def test_a_full_file_system_stops_the_run_and_leaves_older_steps(tmp_path):
         result = fill(tmp_path / "checkpoints", 0, kib=1536)
         assert f"cannot write checkpoint {tmp_path / 'checkpoints'}" in result["said"], result
         assert "ENOSPC" in result["said"] or "No space left" in result["said"] or "RESOURCE_EXHAUSTED" in result["said"]
-        steps = restored(tmp_path / "checkpoints", {"w": jnp.zeros((1536 // 4, 1024))})
+        steps = restored(tmp_path / "checkpoints", {"embed": {"w": jnp.zeros((1536 // 4, 1024))}})
         assert len(steps) >= 5 and result["left"] == sorted(map(str, steps)) and result["step"] <= steps[-1] + 2
     finally:
         subprocess.run(["umount", tmp_path], check=True)

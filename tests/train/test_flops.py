@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from flexjax import tree
-from flexjax.model import router, transformer
+from flexjax.model import kernels, router, transformer
 from flexjax.train import flops
 from flexjax.train import step as step_lib
 from tests.train import hlo, tiny
@@ -36,8 +36,8 @@ def _head(architecture):
     return "embed/embedding" if architecture.config.tied_head else "head/kernel"
 
 
-def compiled_flops(architecture, trainable, frozen):
-    """Dot FLOPs per token of the compiled loss and gradient."""
+def compiled_flops(architecture, trainable, frozen, batch_size=tiny.BATCH_SIZE):
+    """Dot FLOPs per token of the compiled loss and gradient; a loop whose trips are known at run time only counts once."""
     settings = tiny.settings("dense", router_z_loss=1e-3, load_balance_loss=1e-2)
     head_trainable = _head(architecture) in tree.flatten(trainable)
 
@@ -46,8 +46,12 @@ def compiled_flops(architecture, trainable, frozen):
         return step_lib.batch_loss(params, batch, architecture, transformer.Compute(), settings, head_trainable)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=tiny.QUICK)  # the optimizer multiplies no matrices
-    program = step.lower(trainable, frozen, tiny.batch()).compile()
-    return hlo.dot_flops(program.as_text()) / (tiny.BATCH_SIZE * tiny.SEQ_LEN)
+    program = step.lower(trainable, frozen, tiny.batch(batch_size=batch_size)).compile()
+    once = ', backend_config={"known_trip_count":{"n":"1"}}'
+    lines = [
+        line + once if " while(" in line and "known_trip_count" not in line else line for line in program.as_text().splitlines()
+    ]
+    return hlo.dot_flops("\n".join(lines)) / (batch_size * tiny.SEQ_LEN)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,6 +75,19 @@ def test_a_sparse_layer_counts_the_chosen_experts_only():
     whole, part = (flops.per_token(a, trainable, tiny.SEQ_LEN) for a in (ALL, sparse))
     experts = 2 * 2 * 3 * 3 * MODEL.d_model * 96  # layers, FLOPs of a product, matrices, experts
     assert whole.forward - part.forward == pytest.approx(experts / 3)
+
+
+@pytest.mark.parametrize("pattern", [".*", "experts/joint/.*", "experts/joint/ffn/down"])
+def test_the_sparse_path_computes_what_the_chosen_experts_cost(pattern):
+    """Tokens that two of three experts share evenly fill one block per expert: one trip of each loop over blocks."""
+    sparse = dataclasses.replace(ALL, top_k=2)
+    batch_size = kernels.BLOCK_ROWS * 3 // 2 // tiny.SEQ_LEN
+    trainable, frozen = tree.partition(transformer.abstract(sparse), pattern)
+    trainable = jax.eval_shape(router.free, trainable)
+    expected = flops.per_token(sparse, trainable, tiny.SEQ_LEN).total
+    if _head(sparse) in tree.flatten(trainable):
+        expected += 2 * MODEL.d_model * MODEL.vocab_size
+    assert compiled_flops(sparse, trainable, frozen, batch_size) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_backward_pass_of_an_expert_costs_less_than_that_of_the_whole_model():
