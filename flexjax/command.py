@@ -39,7 +39,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     except BrokenPipeError:
         code = BROKEN_PIPE
     except KeyboardInterrupt:
-        print("stopped: interrupted; start the same command again to continue", file=sys.stderr)
+        print("stopped: interrupted; what was finished is kept, start the same command again", file=sys.stderr)
         code = INTERRUPTED
     except OSError as error:
         code = errors.StorageError.exit_code

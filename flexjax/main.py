@@ -172,10 +172,12 @@ def _next_commands(config: config_lib.Config, corpora: sources.Corpora, director
     else:
         expert = "code" if config.expert.name == "math" else "math"
     train = ["main", f"--config=configs/{expert}_expert.py{colon}{variant}", *root, f"--config.anchor.path={anchor}"]
+    if config.phase == "expert" and config.expert.name not in ("math", "code"):  # the next owner's text is their own, too
+        train += ["--config.expert.name=NAME", "--workdir=runs/NAME"]
     model = f"--model={directory / 'model'}"
     texts = [f"{domain}={corpora.pattern(domain, 'validation')}" for domain in config.evaluation.domains[-1:]]
     commands = [
-        ["generate", model, "--prompt=Returns the", "--max_new_tokens=40"],
+        ["generate", model, "--prompt=The", "--max_new_tokens=40"],
         ["evaluate", model, f"--data={','.join(texts) or 'NAME=PATH'}", "--experts=public"],
         ["merge", "show", model],
     ]

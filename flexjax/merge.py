@@ -105,7 +105,10 @@ def show() -> dict[str, Any]:
         print(f"{model.directory}: top_k {model.manifest['top_k']}, tree digest {model.tree_digest}")
     for artefact in artefacts:
         manifest = artefact.manifest
-        facts = ", ".join(f"{key} {value}" for key, value in sorted(manifest["training"].items()) if key in SHOWN)
+        shown = {key: value for key, value in sorted(manifest["training"].items()) if key in SHOWN}
+        facts = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+        )
         print(f"  {manifest.get('name', 'anchor'):<16} {manifest['digest'][:12]}  {facts}")
     manifests = [artefact.manifest | {"tensors": len(artefact.manifest["tensors"])} for artefact in artefacts]
     return {"artefacts": manifests} | ({"model": model.manifest} if model else {})

@@ -43,7 +43,10 @@ def check_claim(config: config_lib.Config, directory: epath.Path, options: loop.
     current = config_lib.to_dict(config)
     finished = any(_finished(directory / part) for part in ("anchor", "expert", "model"))
     if saved is not None and (finished or any((directory / "checkpoints").glob("*/commit.json"))):
-        config_lib.check_same_run(saved, current, options.allow_schedule_change)
+        try:
+            config_lib.check_same_run(saved, current, options.allow_schedule_change)
+        except errors.ConfigError as error:
+            raise errors.ConfigError(f"{directory}: {error}") from None
 
 
 def claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:

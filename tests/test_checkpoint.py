@@ -318,7 +318,8 @@ try:
     found.wait()
 except errors.StorageError as error:
     said = str(error)
-left = sorted(entry.name for entry in found.directory.iterdir())
+names = [entry.name for entry in found.directory.iterdir()]
+left = sorted(name for name in names if not name.startswith("writing-"))  # other threads may still write; the next start sweeps
 print(json.dumps({"said": said, "step": step, "steps": found.steps(), "left": left}))
 """
 

@@ -63,7 +63,7 @@ def expand(pattern: str, root: str, domain: str) -> list[epath.Path]:
         found = _glob(filled)
         if not found:
             raise errors.DataError(
-                f"{filled}: no file matches (domain {domain!r}); check data.root and the data.*_files pattern"
+                f"{filled}: no file matches (domain {domain!r}); check data.root and data.*_files, or --data"
             )
         paths.update(found)
     return sorted(paths, key=str)

@@ -119,7 +119,9 @@ def _load(directory: epath.Path, kind: str) -> Manifest:
     path = directory / FILE
     if not path.exists():
         hint = "the directory has no manifest.json" if directory.exists() else "the directory does not exist"
-        inside = [str(directory / name) for name in ("anchor", "expert", "model") if (directory / name / FILE).exists()]
+        places = {"anchor": ("anchor", "public/anchor"), "expert": ("expert",), "model": ("model",)}
+        places["artefact"] = tuple(name for names in places.values() for name in names)
+        inside = [str(directory / name) for name in places[kind] if (directory / name / FILE).exists()]
         advice = f"did you mean {' or '.join(inside)}?" if inside else "give the directory that a run wrote"
         raise errors.StorageError(f"{directory} is no flexjax {kind}: {hint}; {advice}")
     return _parse(slices.read_small(path, MAX_BYTES), path)

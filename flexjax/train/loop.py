@@ -196,7 +196,7 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[_Stop]:
-    """SIGTERM asks for a stop at the next step boundary; a second one ends the process at once."""
+    """SIGTERM or Ctrl-C asks for a stop at the next step boundary; a second one ends the process at once."""
     stop = _Stop()
 
     def handle(*_: Any) -> None:
@@ -204,8 +204,9 @@ def _stop_signal() -> Iterator[_Stop]:
             os._exit(errors.Preempted.exit_code)
         stop.requested = True
 
-    before = signal.signal(signal.SIGTERM, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

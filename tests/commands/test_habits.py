@@ -11,7 +11,7 @@ import pytest
 from tests.commands import zygote
 from tests.commands.conftest import MATH, snapshot
 
-BROKEN_PIPE, INTERRUPTED = 141, 130
+BROKEN_PIPE, PREEMPTED = 141, 75
 
 
 def test_second_start_skips_what_is_finished(commands, tiny, house):
@@ -80,7 +80,7 @@ def test_disk_full_behind_stdout(commands, house):
 
 
 def test_interrupt(commands, tiny, anchor, tmp_path):
-    """Ctrl-C during training: one line, exit code 130, and the next start continues."""
+    """Ctrl-C during training: the step is saved, one line, exit code 75, and the next start continues."""
     listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
     command = [sys.executable, "-c", listen]  # a shell's background jobs ignore SIGINT, and so would their children
     command += [sys.executable, "-m", "flexjax.main", MATH, *tiny, f"--config.anchor.path={anchor}"]
@@ -102,7 +102,7 @@ def test_interrupt(commands, tiny, anchor, tmp_path):
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     deadline.cancel()
-    assert process.returncode == INTERRUPTED, rest
+    assert process.returncode == PREEMPTED, rest
     last = rest.splitlines()[-1]
-    assert last.startswith("stopped: ") and "start the same command again" in last
+    assert last.startswith("stopped: ") and "saved step" in last and "start the same command again" in last
     assert "Traceback" not in rest

@@ -204,7 +204,9 @@ def test_damaged_anchor(refuse, commands, job, anchor, damage, tmp_path):
 
 def test_no_anchor(refuse, commands, job, house):
     refuse(commands.main, [*job, "--config.anchor.path=missing"], STORAGE, "missing", "does not exist")
-    refuse(commands.main, [*job, f"--config.anchor.path={house}"], STORAGE, house, f"did you mean {house / 'expert'} or")
+    refuse(
+        commands.main, [*job, f"--config.anchor.path={house}"], STORAGE, house, f"did you mean {house / 'public' / 'anchor'}?"
+    )
     refuse(commands.main, [*job, f"--config.anchor.path={house / 'expert'}"], INTEGRITY, "'expert'", "expected 'anchor'")
     router = ["--config=configs/router_tuning.py", f"--config.mixture.model_path={house / 'expert'}", job[-1]]
     refuse(commands.main, router, INTEGRITY, "'expert'", "expected 'model'")

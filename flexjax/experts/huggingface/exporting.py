@@ -77,7 +77,9 @@ def export_folder(
     planned, left_out = _plan(opened, routers)
     with io.fresh_folder(target) as home:
         files = io.write_folder(home, planned)
-        record = {**_token_ids(anchor), **anchor.manifest["training"].get("huggingface", {})}
+        training = anchor.manifest["training"]
+        window = training.get("seq_len", huggingface_config.DEFAULT_POSITIONS)
+        record = {**_token_ids(anchor), "max_position_embeddings": window, **training.get("huggingface", {})}
         described = huggingface_config.Description(config, len(opened.names) if opened.mixture else 0, opened.top_k, record)
         contents = huggingface_config.contents(described, anchor.manifest["tensors"]["embed/embedding"]["dtype"])
         if anchor.manifest["tokenizer"]:

@@ -40,7 +40,7 @@ def import_folder(source: epath.PathLike, target: epath.PathLike, names: Sequenc
     order = _expert_names(max(1, described.experts), names)
     tensors = io.read_folder(folder)
     places = links.locate(links.table(config, described.experts), tensors, config)
-    training = {"huggingface": described.record}
+    training = {"huggingface": described.record, "seq_len": described.record["max_position_embeddings"]}
     tokenizer = next((folder / name for name in reversed(store.TOKENIZER_FILES) if (folder / name).exists()), None)
     row = _row(places, 0, config)
     with io.fresh_folder(target) as home:

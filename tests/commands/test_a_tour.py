@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SHORT = {
     "flexjax.main": ["--config.anchor.train.steps=24", "--config.train.steps=12", "--config.evaluation.max_kilobytes=20"],
     "flexjax.evaluate": ["--max_kilobytes=20", "--batch_size=8"],
