@@ -104,8 +104,10 @@ def prepare_stage(
     """Gives an anchor from elsewhere (an imported OLMo-2) the public row and statistics that owners need; writes `home`."""
     domains.check_method(config.anchor.rows)
     if _finished(home):
-        say(f"anchor: finished, skipped; {home}")
-        return store.open_anchor(home)
+        found = store.open_anchor(home)
+        _check_made_of(found.manifest["training"], {"start": given.manifest["digest"]}, home)
+        say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
+        return found
     architecture, params = models.load_anchor(given)
     statistics, row = public_rows(config, architecture, params, corpora.source(config_lib.PUBLIC))
     public = {**given.tensors("expert"), "router": {"row": row}}
