@@ -15,16 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import memory, presets, tree
+from flexjax import memory, presets, sharding
 from flexjax.data import sources
 from flexjax.experts import surgery
-from flexjax.model import router, transformer
-from flexjax.train import flops, metrics, optimizer, step
+from flexjax.model import transformer
+from flexjax.train import flops, metrics, program
 
 REPEATS = 15
 
@@ -65,21 +64,21 @@ def training(phase: str, peak: float) -> dict[str, Any]:
         architecture = surgery.architecture(config.model, (*public, bank), top_k=2)
         settings = presets.expert_training("quickstart")
         settings.trainable = "experts/math/.*"
-    trainable, frozen = tree.partition(transformer.init(architecture, 0), settings.trainable)
-    trainable = router.free(trainable)
-    chain = optimizer.make(settings, trainable)
-    run = jax.jit(step.make_step(architecture, transformer.Compute(), settings, chain, phase == "public"), donate_argnums=0)
+    choices, mesh = config_lib.MeshConfig(), sharding.one_device()
+    job = program.Program(architecture, settings, mesh, choices, config.data.seq_len)
     shape = (settings.batch_size, config.data.seq_len)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    batch = {"tokens": ids, "targets": ids, "weights": np.ones(shape, np.float32), "segments": np.zeros(shape, np.int32)}
-    holder = [step.init_state(jax.tree.map(jnp.array, trainable), chain)]
+    rows = {"tokens": ids, "targets": ids, "weights": np.ones(shape, np.float32), "segments": np.zeros(shape, np.int32)}
+    batch = job.put_batch(rows, sharding.local_rows(mesh, settings.batch_size))
+    state, frozen = job.place(transformer.init(architecture, 0))
+    run, holder = job.compile(), [state]
 
     def once() -> None:
         holder[0], _ = run(holder[0], frozen, batch)
         jax.block_until_ready(holder[0])
 
     wall, cpu = timed(once)
-    cost = flops.per_token(architecture, trainable, config.data.seq_len).total
+    cost = flops.per_token(architecture, state.trainable, config.data.seq_len).total
     tokens = ids.size / wall
     return {
         "what": f"train/{phase}",

@@ -4,7 +4,9 @@
     checkpoints/<step>/commit.json    facts, shapes and dtypes, the SHA-256 of every file, and its own
 
 A step is written under another name and renamed when `commit.json` is on disk: that rename is the commit. Whatever has no
-commit.json is never restored; what this module left half-done is swept at the start. The only room that imports Orbax.
+commit.json is never restored; what this module left half-done is swept at the start. With several processes each writes the
+arrays of its own devices and hashes its share of the files, in a directory that all of them see; process 0 commits. The only
+room that imports Orbax.
 """
 
 import json
@@ -14,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,11 +24,12 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from flexjax import errors, tree, workdir
+from flexjax import distributed, errors, tree, workdir
 
 COMMIT = "commit.json"
 PENDING = "writing-"
 DISCARDED = "discarded-"
+SHARE = "digests-of-process-"  # what a process hashed, until the commit gathers it
 
 
 class Checkpoints:
@@ -42,9 +45,11 @@ class Checkpoints:
         self.keep = keep
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self.directory.mkdir(parents=True, exist_ok=True)
-        workdir.sync(self.directory.parent)
-        self._sweep()
+        if distributed.is_main():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            workdir.sync(self.directory.parent)
+            self._sweep()
+        distributed.barrier("checkpoints")
 
     def steps(self) -> list[int]:
         """Committed steps, ascending by number, never by time."""
@@ -62,11 +67,13 @@ class Checkpoints:
             return
         snapshot = jax.tree.map(jnp.copy, state)  # the next step may reuse the buffers that it is given
         try:
-            pending.mkdir()
+            if distributed.is_main():
+                pending.mkdir()
+            distributed.barrier("checkpoint")
             with _plain_files():
                 response = ocp.save_async(pending / "state", snapshot)
         except Exception as error:
-            raise self._storage_error(step, error) from None
+            raise self._storage_error(step, _first_line(error)) from None
         self._writer = threading.Thread(target=self._finish, args=(step, pending, response, describe(state), facts))
         self._writer.start()
 
@@ -95,12 +102,15 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> Any:
         """Reads a step into arrays of the structure, dtypes and shardings of `like`, after verifying every byte.
 
+        A step written on another mesh or number of processes is restored exactly; only the slots that fill a bank of
+        experts up to a multiple of the mesh's `expert` axis may come or go.
+
         Raises:
           IntegrityError: a file is missing, damaged or unknown, or the arrays are not those of `like`.
         """
         home = self.directory / str(step)
         commit = self._commit(step)
-        expected, found = describe(like), commit["arrays"]
+        expected, found = _without_slots(describe(like)), _without_slots(commit["arrays"])
         for path in sorted(set(expected) | set(found)):
             if expected.get(path) != found.get(path):
                 raise errors.IntegrityError(
@@ -110,7 +120,8 @@ class Checkpoints:
         self._verify(home, commit["files"])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:
-            return ocp.load(home / "state", shapes)
+            with _slots_may_differ():
+                return ocp.load(home / "state", shapes)
         except Exception as error:
             raise errors.IntegrityError(
                 f"{home} cannot be read: {_first_line(error)}; remove it to use an older step"
@@ -122,7 +133,7 @@ class Checkpoints:
 
     def set_aside(self, steps: Iterable[int]) -> None:
         """Renames committed steps that turned out to be damaged; they are steps no more, and nobody deletes them."""
-        for step in steps:
+        for step in steps if distributed.is_main() else ():
             self._rename_away(step, "damaged")
 
     def _rename_away(self, step: int, reason: str) -> None:
@@ -133,20 +144,40 @@ class Checkpoints:
 
     def _finish(self, step: int, pending: epath.Path, response: Any, arrays: Any, facts: dict[str, Any]) -> None:
         try:
-            response.result()
-            files = {name: workdir.file_digest(pending / name) for name in sorted(_files(pending))}
-            commit = _sealed({"step": step, "facts": facts, "arrays": arrays, "files": files})
-            (pending / COMMIT).write_bytes(tree.canonical_json(commit))
-            workdir.sync_below(pending)
-            target = self.directory / str(step)
-            if target.exists():  # without a commit.json, as `save` saw: not ours to delete
-                self._rename_away(step, "uncommitted")
-            pending.rename(target)
-            workdir.sync(self.directory)
-            for old in self.steps()[: -self.keep]:
-                self._discard(old)
+            self._together(response.result)
+            share = pending / f"{SHARE}{distributed.index()}.json"
+            self._together(lambda: share.write_bytes(tree.canonical_json(_digests(pending))))
+            if distributed.is_main():
+                self._commit_step(step, pending, {"step": step, "facts": facts, "arrays": arrays})
+            self._together(lambda: None)
         except Exception as error:
-            self._failure = self._storage_error(step, error)
+            self._failure = self._storage_error(step, _first_line(error))
+
+    def _together(self, work: Callable[[], Any]) -> None:
+        """Does a piece of work in every process; if it fails in one, all raise what that one says."""
+        said = ""
+        try:
+            work()
+        except Exception as error:
+            said = _first_line(error)
+        for process, problem in enumerate(distributed.exchange("checkpoint", said)):
+            if problem:
+                raise OSError(problem if distributed.count() == 1 else f"process {process}: {problem}")
+
+    def _commit_step(self, step: int, pending: epath.Path, content: dict[str, Any]) -> None:
+        files: dict[str, str] = {}
+        for share in sorted(pending.glob(f"{SHARE}*.json")):
+            files |= json.loads(share.read_bytes())
+            share.unlink()
+        (pending / COMMIT).write_bytes(tree.canonical_json(_sealed(content | {"files": files})))
+        workdir.sync_below(pending)
+        target = self.directory / str(step)
+        if target.exists():  # without a commit.json, as `save` saw: not ours to delete
+            self._rename_away(step, "uncommitted")
+        pending.rename(target)
+        workdir.sync(self.directory)
+        for old in self.steps()[: -self.keep]:
+            self._discard(old)
 
     def _discard(self, step: int) -> None:
         gone = self.directory / f"{DISCARDED}{step}"
@@ -169,8 +200,9 @@ class Checkpoints:
         for name in sorted(found ^ set(files)):
             state = "is missing" if name in files else "was not written by this run"
             raise errors.IntegrityError(f"{home / name} {state}; pass --fall_back to use the next older step")
-        for name, digest in files.items():
-            if workdir.file_digest(home / name) != digest:
+        damaged = [name for name in _share(files) if workdir.file_digest(home / name) != files[name]]
+        for names in distributed.exchange("verify", damaged):
+            for name in names:
                 raise errors.IntegrityError(f"{home / name} is damaged; pass --fall_back to use the next older step")
 
     def _sweep(self) -> None:
@@ -187,11 +219,12 @@ class Checkpoints:
                 "restore one from a backup, or remove them to begin from scratch"
             )
 
-    def _storage_error(self, step: int, error: BaseException) -> errors.StorageError:
+    def _storage_error(self, step: int, said: str) -> errors.StorageError:
         kept = ", ".join(map(str, self.steps())) or "none"
-        shutil.rmtree(os.fspath(self.directory / f"{PENDING}{step}"), ignore_errors=True)
+        if distributed.is_main():
+            shutil.rmtree(os.fspath(self.directory / f"{PENDING}{step}"), ignore_errors=True)
         return errors.StorageError(
-            f"cannot write checkpoint {self.directory / str(step)}: {_first_line(error)}; committed steps are intact: {kept}"
+            f"cannot write checkpoint {self.directory / str(step)}: {said}; committed steps are intact: {kept}"
         )
 
 
@@ -199,6 +232,23 @@ def describe(state: Any) -> dict[str, str]:
     """{path: "dtype[shape]"} of every array of a state."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _without_slots(arrays: dict[str, str]) -> dict[str, str]:
+    """Descriptions without the number of slots in a bank of experts, a matter of the mesh."""
+    return {
+        path: re.sub(r"\[(\d+), \d+,", r"[\1, slots,", text) if "['ffn']" in path else text for path, text in arrays.items()
+    }
+
+
+def _share(files: Iterable[str]) -> list[str]:
+    """The files that this process reads for all."""
+    return sorted(files)[distributed.index() :: distributed.count()]
+
+
+def _digests(pending: epath.Path) -> dict[str, str]:
+    names = [name for name in _files(pending) if not name.startswith(SHARE)]
+    return {name: workdir.file_digest(pending / name) for name in _share(names)}
 
 
 def _sealed(commit: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +267,12 @@ def _plain_files() -> ocp.Context:
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False
     context.array.saving.scoped_storage_options_creator = _one_chunk_per_layer
+    return context
+
+
+def _slots_may_differ() -> ocp.Context:
+    context = ocp.Context()
+    context.array.loading.enable_padding_and_truncation = True
     return context
 
 

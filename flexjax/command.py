@@ -8,13 +8,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import jax
 from absl import flags, logging
 
 from flexjax import config as config_lib
-from flexjax import errors
+from flexjax import distributed, errors
 
 BROKEN_PIPE = 141
 INTERRUPTED = 130
+CACHED_FROM_SECONDS = 0.5  # what compiles faster is not worth a file
 HELP = {"--help", "-help", "-h"}
 
 
@@ -22,13 +24,25 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses the command line, calls `main(positional arguments)`, and exits.
 
     A `FlexjaxError` becomes one line on stderr and its exit code; a flag or config that cannot be loaded is exit code 2.
-    Any other exception is a bug of ours and keeps its traceback.
+    Any other exception is a bug of ours and keeps its traceback. However it ends, the other processes are told.
     """
     logging.set_verbosity(logging.FATAL)  # Orbax logs tracebacks of what it also raises
+    code = 1
+    try:
+        code = _run(main)
+    finally:
+        distributed.finish(code)
+    _close_stdout()
+    sys.exit(code)
+
+
+def _run(main: Callable[[list[str]], Any]) -> int:
+    """Calls `main` and returns the exit code that what it raises stands for."""
     code = 0
     try:
         if HELP.isdisjoint(sys.argv[1:]):
-            main(_parse(sys.argv))
+            with distributed.lost_peers_are_preemption():
+                main(_parse(sys.argv))
         else:
             print(f"{(sys.modules[main.__module__].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
         sys.stdout.flush()
@@ -36,6 +50,11 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         code = error.exit_code
         label = "stopped" if isinstance(error, errors.Preempted) else "error"
         print(f"{label}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        code = errors.ConfigError.exit_code
+        print(f"error: {_out_of_memory(str(error))}", file=sys.stderr)
     except BrokenPipeError:
         code = BROKEN_PIPE
     except KeyboardInterrupt:
@@ -50,8 +69,27 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         code = errors.StorageError.exit_code
         advice = "use a local path, or gs:// after: pip install -e '.[gcs]'"
         print(f"error: this kind of path cannot be opened ({error}); {advice}", file=sys.stderr)
-    _close_stdout()
-    sys.exit(code)
+    return code
+
+
+def compilation_cache(directory: os.PathLike[str]) -> None:
+    """Keeps compiled programs in a directory, unless the user chose another, so that starting again does not compile again."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_FROM_SECONDS)
+
+
+def _out_of_memory(message: str) -> str:
+    """What was asked for and what there was, as far as the runtime says."""
+    asked = re.search(r"(?:allocate|allocating|reserve|Used) ([\d.]+ ?[KMGT]?i?B?(?:ytes)?(?: bytes)?)", message)
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (
+        f"out of memory: asked for {asked[1].strip() if asked else 'more than there is'}, a {device.platform} device of this "
+        f"machine has {limit / 2**30:.1f} GiB in all; see what would fit: python -m flexjax.plan with the same --config"
+    )
 
 
 def _close_stdout() -> None:

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from etils import epath
+from jax.sharding import Mesh
 
 from flexjax import config as config_lib
-from flexjax import tree, workdir
+from flexjax import distributed, tree, workdir
 from flexjax.data import sources
 from flexjax.eval import bits_per_byte
 from flexjax.experts import models, store
@@ -19,17 +20,17 @@ class Subject:
 
     label: str
     digest: str
-    load: Callable[[], tuple[transformer.Architecture, tree.Tree]]
+    load: Callable[[Mesh], tuple[transformer.Architecture, tree.Tree]]
 
 
 def of_anchor(found: store.Artefact) -> Subject:
     """The anchor, as a dense model."""
-    return Subject("anchor", found.manifest["digest"], lambda: models.load_anchor(found))
+    return Subject("anchor", found.manifest["digest"], lambda mesh: models.load_anchor(found, mesh))
 
 
 def of_model(model: models.Model, label: str = "model") -> Subject:
     """A merged model."""
-    return Subject(label, model.tree_digest, lambda: models.load(model))
+    return Subject(label, model.tree_digest, lambda mesh: models.load(model, mesh=mesh))
 
 
 Scores = dict[str, dict[str, bits_per_byte.Score]]  # by label, then by domain
@@ -40,7 +41,7 @@ def evaluate(
     subjects: Sequence[Subject],
     corpora: sources.Corpora,
     directory: epath.Path,
-    say: Callable[[str], None],
+    mesh: Mesh,
 ) -> Scores:
     """Scores the subjects on the validation text of each domain; kept in `directory/evaluation.json`."""
     settings = config.evaluation
@@ -53,16 +54,18 @@ def evaluate(
     }
     saved = workdir.read_json(directory / "evaluation.json")
     if saved is not None and saved["key"] == key:
-        say("evaluation: finished, skipped")
+        distributed.say("evaluation: finished, skipped")
         kept = saved["scores"]
         return {s.label: {domain: bits_per_byte.Score(**kept[s.label][domain]) for domain in texts} for s in subjects}
-    say(f"evaluation: scoring {', '.join(settings.domains)}")
+    distributed.say(f"evaluation: scoring {', '.join(settings.domains)}")
     result = {}
     for subject in subjects:
-        scorer = bits_per_byte.Scorer(*subject.load(), config.data.seq_len, settings.batch_size, config.train.compute_dtype)
+        model = subject.load(mesh)
+        scorer = bits_per_byte.Scorer(*model, config.data.seq_len, settings.batch_size, config.train.compute_dtype, mesh)
         result[subject.label] = {
             domain: scorer.score(source, settings.max_kilobytes * 1000) for domain, source in texts.items()
         }
     plain = {label: {d: dataclasses.asdict(score) for d, score in found.items()} for label, found in result.items()}
-    workdir.write_json(directory / "evaluation.json", {"key": key, "scores": plain})
+    if distributed.is_main():
+        workdir.write_json(directory / "evaluation.json", {"key": key, "scores": plain})
     return result

@@ -134,6 +134,8 @@ class TrainConfig:
     save_every: int = operations(100)
     keep: int = operations(2)
     log_every: int = operations(10)
+    profile_at: int = operations(0, least=0)  # the step from which on profile/ is traced; 0: never
+    profile_steps: int = operations(3)
 
 
 @dataclasses.dataclass
@@ -176,6 +178,18 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass
+class MeshConfig:
+    """How the devices are arranged. The sizes multiply to their number; one may be 0: what the others leave."""
+
+    data: int = operations(0, least=0)  # groups that each hold the whole model
+    fsdp: int = operations(1, least=0)  # parts of every weight, gathered layer by layer
+    tensor: int = operations(1, least=0)  # parts of the heads and of the hidden units
+    expert: int = operations(1, least=0)  # parts of a bank of experts: tokens travel to the experts they chose
+    frozen: str = operations("sharded")  # or "replicated": frozen weights are split like the others, or whole in each group
+    transport: str = operations("auto")  # of tokens to experts: "padded", "ragged" (TPU), or what the devices are best at
+
+
+@dataclasses.dataclass
 class Config:
     """A whole job. `phase` is "public", "expert", "joint" or "router"."""
 
@@ -188,6 +202,7 @@ class Config:
     mixture: MixtureConfig = nested(MixtureConfig)
     train: TrainConfig = nested(TrainConfig)
     evaluation: EvaluationConfig = nested(EvaluationConfig)
+    mesh: MeshConfig = nested(MeshConfig)
 
 
 def resolve(config: Config) -> None:

@@ -1,9 +1,10 @@
 """Scores a model on texts: bits per byte and routing shares, with any of its experts switched on.
 
-python -m flexjax.evaluate --model=DIR --data=NAME=PATH[,NAME=PATH...] [--experts=public,math] [--json]
+python -m flexjax.evaluate --model=DIR --data=NAME=PATH[,NAME=PATH...] [--experts=public,math] [--mesh=AXIS=N,...] [--json]
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import tempfile
 from absl import flags
 from etils import epath
 
-from flexjax import command, errors, memory
+from flexjax import command, distributed, errors, hosts, memory, sharding
 from flexjax import config as config_lib
 from flexjax.data import corpus, tokens
 from flexjax.data import tokenizer as tokenizer_lib
@@ -28,6 +29,7 @@ MAX_KILOBYTES = flags.DEFINE_integer("max_kilobytes", 0, "Score at most this muc
 TOP_K = flags.DEFINE_integer("top_k", None, "Experts per token; default what the model was merged with.")
 TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The field of a JSONL line that holds the text.")
 TOKEN_DTYPE = flags.DEFINE_string("token_dtype", "uint16", "Of headerless .npy and .bin files.")
+MESH = flags.DEFINE_list("mesh", [], "Sizes of the mesh axes data, fsdp, tensor, expert, such as expert=4; default all data.")
 JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, last on stdout.")
 
 DEFAULT_SEQ_LEN = 1024
@@ -41,7 +43,9 @@ def main(argv: list[str]) -> None:
     if not MODEL.value or not DATA.value:
         raise errors.ConfigError("evaluate needs --model=DIR and --data=NAME=PATH")
     texts = _texts(DATA.value)
-    anchor, architecture, params = models.load_any(MODEL.value, TOP_K.value)
+    hosts.join({})
+    mesh = sharding.make_mesh(hosts.mesh_sizes(MESH.value))
+    anchor, architecture, params = models.load_any(MODEL.value, TOP_K.value, mesh)
     if TOP_K.value not in (None, architecture.top_k):
         raise errors.ConfigError(f"--top_k={TOP_K.value}: {MODEL.value} is an anchor and has one expert; leave the flag out")
     experts = list(architecture.experts) if EXPERTS.value is None else EXPERTS.value
@@ -50,18 +54,19 @@ def main(argv: list[str]) -> None:
     if type(seq_len) is not int or not 0 < seq_len <= 2**24:
         raise errors.IntegrityError(f"{anchor.label} states seq_len {str(seq_len)[:20]}; pass --seq_len")
     tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
-    scorer = bits_per_byte.Scorer(architecture, params, seq_len, BATCH_SIZE.value)
+    scorer = bits_per_byte.Scorer(architecture, params, seq_len, BATCH_SIZE.value, mesh=mesh)
     data = config_lib.DataConfig(text_field=TEXT_FIELD.value, token_dtype=TOKEN_DTYPE.value)
-    print(f"{'bits per byte':<16}{'':>9}   kB      routing shares, with {', '.join(experts)} switched on")
+    show = functools.partial(print, flush=True) if distributed.is_main() else lambda _: None
+    show(f"{'bits per byte':<16}{'':>9}   kB      routing shares, with {', '.join(experts)} switched on")
     scores = {}
     with tempfile.TemporaryDirectory() as cache:
         for name, paths in texts.items():
             source = tokens.tokenize(paths, tokenizer, data, architecture.config.vocab_size, epath.Path(cache))
             score = scorer.score(source, MAX_KILOBYTES.value * 1000, experts)
             shares = "  ".join(f"{expert} {share:.0%}" for expert, share in score.shares.items())
-            print(f"{name:<16}{score.bits_per_byte:>9.4f}   {score.num_bytes / 1000:<7.0f} {shares}", flush=True)
+            show(f"{name:<16}{score.bits_per_byte:>9.4f}   {score.num_bytes / 1000:<7.0f} {shares}")
             scores[name] = dataclasses.asdict(score)
-    if JSON.value:
+    if JSON.value and distributed.is_main():
         sys.stdout.write(json.dumps({"model": MODEL.value, "experts": experts, "scores": scores}) + "\n")
 
 

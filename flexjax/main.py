@@ -3,6 +3,7 @@
 python -m flexjax.main --config=configs/math_expert.py[:variant] [--workdir=DIR] [--config.x.y=v ...]
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from flexjax import command, comparison, errors, memory, report, stages, workdir
+from flexjax import command, comparison, distributed, errors, hosts, memory, report, sharding, stages, workdir
 from flexjax import config as config_lib
 from flexjax.data import sources
 from flexjax.experts import manifest, models, store
@@ -37,13 +38,17 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     config = check(CONFIG.value, file)
+    hosts.join({f"config.{field}": str(value) for field, value in config_lib.to_dict(config).items()})
     where = WORKDIR.value or default_workdir(file)
     if not workdir.is_local(where):
         raise errors.ConfigError(f"--workdir={where} is no local directory; train locally, then copy expert/ or model/ there")
     directory = workdir.create(where)
-    signal.signal(signal.SIGTERM, _stop)  # between the training loops, which have their own handler
-    options = loop.Options(FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
-    with workdir.lock(directory):
+    if distributed.count() == 1:
+        signal.signal(signal.SIGTERM, _stop)  # between the training loops, which have their own handler
+    command.compilation_cache(directory / "compiled")
+    mesh = sharding.make_mesh(config.mesh)
+    options = loop.Options(mesh, FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
+    with workdir.lock(directory) if distributed.is_main() else contextlib.nullcontext():
         run(config, directory, options, file)
 
 
@@ -93,7 +98,9 @@ class Outcome:
 def run(config: config_lib.Config, directory: epath.Path, options: loop.Options, file: str) -> None:
     """Runs a job in a directory that this process holds, and reports."""
     outcome = PHASES[config.phase](config, directory, options)
-    scores = comparison.evaluate(config, outcome.subjects, outcome.corpora, directory, stages.say)
+    scores = comparison.evaluate(config, outcome.subjects, outcome.corpora, directory, options.mesh)
+    if not distributed.is_main():
+        return
     report.picture(directory / "report.png", outcome.runs, scores)
     print(report.table(scores))
     print(f"\n{directory / 'report.png'}: loss curves and bars\n\nNext:")
@@ -108,10 +115,10 @@ def _public(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     if config.anchor.path:  # trained elsewhere: only what owners need is added
         given = store.open_anchor(config.anchor.path)
         config.model = store.config_of(given)
-        corpora = sources.Corpora(config, directory, store.tokenizer_path(given), stages.say)
-        anchor = stages.prepare_stage(config, given, corpora, directory / "anchor")
+        corpora = sources.Corpora(config, directory, store.tokenizer_path(given), distributed.say)
+        anchor = stages.prepare_stage(config, given, corpora, directory / "anchor", options.mesh)
         return Outcome([comparison.of_anchor(anchor)], corpora, {})
-    corpora = sources.Corpora(config, directory, None, stages.say)
+    corpora = sources.Corpora(config, directory, None, distributed.say)
     anchor = stages.public_stage(config, corpora, directory, options)
     return Outcome([comparison.of_anchor(anchor)], corpora, {"anchor": directory})
 
@@ -135,7 +142,7 @@ def _router(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     config.model = store.config_of(start.anchor)
     config.mixture.experts = tuple(start.bundles)
     stages.claim(config, directory, options)
-    corpora = sources.Corpora(config, directory, store.tokenizer_path(start.anchor), stages.say)
+    corpora = sources.Corpora(config, directory, store.tokenizer_path(start.anchor), distributed.say)
     model = stages.router_stage(config, start, corpora, directory, options)
     subjects = [comparison.of_anchor(start.anchor), comparison.of_model(start, "untuned"), comparison.of_model(model, "tuned")]
     return Outcome(subjects, corpora, {"router tuning": directory})
@@ -155,11 +162,11 @@ def _beside_anchor(
     shapes = store.config_of(anchor)
     for name, value in config_lib.to_dict(config.model).items():
         if value != getattr(shapes, name):
-            stages.say(f"note: the anchor's shapes count: model.{name} is {getattr(shapes, name)}, not {value}")
+            distributed.say(f"note: the anchor's shapes count: model.{name} is {getattr(shapes, name)}, not {value}")
     config.model, config.anchor.rows = shapes, anchor.manifest["rows"]
     stages.claim(config, directory, options)
     runs = {} if config.anchor.path else {"anchor": directory / "public"}
-    return anchor, sources.Corpora(config, directory, store.tokenizer_path(anchor), stages.say), runs
+    return anchor, sources.Corpora(config, directory, store.tokenizer_path(anchor), distributed.say), runs
 
 
 def _next_commands(config: config_lib.Config, corpora: sources.Corpora, directory: epath.Path, file: str) -> list[str]:

@@ -4,25 +4,21 @@ A stage is finished when its artefact has a manifest; starting again skips it an
 last committed checkpoint.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from flexjax import config as config_lib
-from flexjax import errors, tree, workdir
-from flexjax.data import pipeline, sources, tokens
+from flexjax import distributed, errors, tree, workdir
+from flexjax.data import pipeline, sources
 from flexjax.experts import domains, manifest, models, slices, store, surgery
-from flexjax.model import transformer
+from flexjax.experts import rows as rows_lib
+from flexjax.model import placement, transformer
 from flexjax.train import loop
 
 INITIAL_BIAS = -0.1
-
-
-def say(text: str) -> None:
-    """Tells whoever watches what is going on."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def public_config(config: config_lib.Config) -> config_lib.Config:
@@ -52,19 +48,21 @@ def check_claim(config: config_lib.Config, directory: epath.Path, options: loop.
 def claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
     """Saves the resolved config, unless the directory holds work of another job."""
     check_claim(config, directory, options)
-    workdir.write_json(directory / "config.json", config_lib.to_dict(config))
+    if distributed.is_main():
+        workdir.write_json(directory / "config.json", config_lib.to_dict(config))
+    distributed.barrier("claim")
 
 
 def anchor(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> store.Artefact:
     """Opens the anchor that the config names, or trains one in `directory/public`."""
     if config.anchor.path:
         found = store.open_anchor(config.anchor.path)
-        say(f"anchor: {config.anchor.path}, digest {found.manifest['digest'][:12]}")
+        distributed.say(f"anchor: {config.anchor.path}, digest {found.manifest['digest'][:12]}")
         return found
     home = workdir.create(directory / "public")
     public = public_config(config)
     claim(public, home, options)
-    return public_stage(public, sources.Corpora(config, directory, None, say), home, options)
+    return public_stage(public, sources.Corpora(config, directory, None, distributed.say), home, options)
 
 
 def public_stage(
@@ -78,14 +76,14 @@ def public_stage(
     if _finished(home):
         found = store.open_anchor(home)
         _check_made_of(found.manifest["training"], made_of, home)
-        say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
+        distributed.say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
         return found
     architecture = transformer.Architecture(config.model, transformer.dense_banks(config.model))
     transformer.check(architecture)
-    params = transformer.init(architecture, config.seed)
+    params = placement.init(architecture, config.seed, options.mesh)
     trained, facts = loop.train(params, architecture, stream, config, directory, "anchor", options, origin="")
     trained, source = _replace(params, trained), corpora.source(config_lib.PUBLIC)
-    statistics, row = public_rows(config, architecture, trained, source)
+    statistics, row = rows_lib.public_rows(config, architecture, trained, source, options.mesh)
     shared, experts = surgery.split(trained, architecture.banks)
     public = {**experts[config_lib.PUBLIC], "router": {"row": row}}
 
@@ -94,77 +92,32 @@ def public_stage(
 
     facts |= made_of | {"data": source.digest, "seed": config.seed, "seq_len": config.data.seq_len}
     found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
-    say(f"anchor: written to {home}, digest {found.manifest['digest'][:12]}")
+    distributed.say(f"anchor: written to {home}, digest {found.manifest['digest'][:12]}")
     return found
 
 
 def prepare_stage(
-    config: config_lib.Config, given: store.Artefact, corpora: sources.Corpora, home: epath.Path
+    config: config_lib.Config, given: store.Artefact, corpora: sources.Corpora, home: epath.Path, mesh: Mesh
 ) -> store.Artefact:
     """Gives an anchor from elsewhere (an imported OLMo-2) the public row and statistics that owners need; writes `home`."""
     domains.check_method(config.anchor.rows)
     if _finished(home):
         found = store.open_anchor(home)
         _check_made_of(found.manifest["training"], {"start": given.manifest["digest"]}, home)
-        say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
+        distributed.say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
         return found
-    architecture, params = models.load_anchor(given)
-    statistics, row = public_rows(config, architecture, params, corpora.source(config_lib.PUBLIC))
-    public = {**given.tensors("expert"), "router": {"row": row}}
+    architecture, params = models.load_anchor(given, mesh)
+    statistics, row = rows_lib.public_rows(config, architecture, params, corpora.source(config_lib.PUBLIC), mesh)
+    shared, experts = surgery.split(params, architecture.banks)
+    public = {**experts[config_lib.PUBLIC], "router": {"row": row}}
 
     def put(writer: slices.TensorWriter) -> None:
-        writer.put_tree({**given.shared(), "expert": public, "statistics": statistics})
+        writer.put_tree({**shared, "expert": public, "statistics": statistics})
 
     facts = given.manifest["training"] | {"start": given.manifest["digest"], "seq_len": config.data.seq_len}
     found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
-    say(f"anchor: {given.directory} with public row and statistics, written to {home}")
+    distributed.say(f"anchor: {given.directory} with public row and statistics, written to {home}")
     return found
-
-
-def public_rows(
-    config: config_lib.Config, architecture: transformer.Architecture, params: tree.Tree, source: tokens.TokenSource
-) -> tuple[tree.Tree, np.ndarray]:
-    """The statistics that owners need for their rows, and the public row [L, D], by the anchor's method."""
-    count, seed, method = config.anchor.statistics_tokens, config.seed, config.anchor.rows
-    documents = domains.choose(source, max(domains.LEAST_DOCUMENTS, count // config.data.seq_len), seed)
-    states = domains.states(architecture, params, source, documents, config.data.seq_len, count, seed)
-    statistics = {"states": states}
-    if method == "logistic":
-        return statistics, np.zeros((states.shape[0], states.shape[2]), np.float32)
-    if method == "mean":
-        return statistics, domains.scaled(states.mean(axis=1), states)
-    if method == "random":
-        return statistics, domains.scaled(domains.random_vector(states.shape[2], seed), states)
-    projection = domains.text_projection(source, documents, config.model.vocab_size, config.model.d_model)
-    statistics["projection"] = projection
-    return statistics, domains.scaled(domains.text_vector(source, documents, projection), states)
-
-
-def domain_row(
-    config: config_lib.Config,
-    anchor: store.Artefact,
-    architecture: transformer.Architecture,
-    params: tree.Tree,
-    source: tokens.TokenSource,
-) -> np.ndarray:
-    """The owner's row [L, D], by the method of the anchor."""
-    name, method = config.expert.name, anchor.manifest["rows"]
-    seed = config.seed + int(tree.sha256(name.encode())[:6], 16)  # owners of one seed draw different random rows
-    documents = domains.choose_owner(source, config.expert.row_documents, name, seed)
-    if "statistics/states" not in anchor.manifest["tensors"]:
-        raise errors.ConfigError(
-            f"{anchor.label} carries no public statistics, so no domain row can be made; "
-            f"add them: --config=configs/public.py --config.anchor.path={anchor.directory}"
-        )
-    public = anchor.tensor("statistics/states").astype(np.float32)
-    if method == "random":
-        return domains.scaled(domains.random_vector(public.shape[2], seed), public)
-    if method == "text":
-        return domains.scaled(domains.text_vector(source, documents, anchor.tensor("statistics/projection")), public)
-    mine = domains.states(architecture, params, source, documents, config.data.seq_len, public.shape[1], seed)
-    if method == "logistic":
-        return domains.logistic_rows(mine, public)
-    return domains.scaled(mine.mean(axis=1), public)
 
 
 def expert_stage(
@@ -181,22 +134,29 @@ def expert_stage(
     if _finished(home):
         found = store.open_bundle(home, store.config_of(anchor))
         _check_made_of(found.manifest["training"], made_of, home)
-        say(f"expert '{name}': finished, skipped; digest {found.manifest['digest'][:12]}")
+        distributed.say(f"expert '{name}': finished, skipped; digest {found.manifest['digest'][:12]}")
         return found
-    dense, params = models.load_anchor(anchor)
-    public, source = anchor.tensors("expert"), corpora.source(name)
-    say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
-    row = domain_row(config, anchor, dense, params, source)
+    mesh, source = options.mesh, corpora.source(name)
+    dense, params = models.load_anchor(anchor, mesh)
+    distributed.say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
+    row = rows_lib.domain_row(config, anchor, dense, params, source, mesh)
     bias = np.full(config.model.num_layers, INITIAL_BIAS, np.float32)
-    mine = surgery.narrow(public, config.expert.d_ff or config.model.d_ff)
-    mine = {**mine, "router": {"row": row, "bias": bias}}
-    pair, banks = surgery.join(
-        anchor.shared(), {config_lib.PUBLIC: public, name: mine}, {config_lib.PUBLIC: (config_lib.PUBLIC,), name: (name,)}
-    )
-    architecture = surgery.architecture(config.model, banks, top_k=2)
+    mine = {"router": {"row": row, "bias": bias}}
+    if config.expert.d_ff not in (0, config.model.d_ff):
+        mine |= {"ffn": surgery.narrow(anchor.tensors("expert"), config.expert.d_ff)["ffn"]}
+
+    def build(params: tree.Tree, public_row: tree.Tree, mine: tree.Tree) -> tree.Tree:
+        shared, experts = surgery.split(params, dense.banks)
+        public = {**experts[config_lib.PUBLIC], "router": public_row}
+        both = {config_lib.PUBLIC: public, name: {"ffn": public["ffn"]} | mine}
+        return surgery.join(shared, both, {config_lib.PUBLIC: (config_lib.PUBLIC,), name: (name,)})[0]
+
+    architecture = planned(config)
+    pair = placement.assemble(build, architecture, mesh, params, {"row": anchor.tensor("expert/router/row")}, mine)
+    del params
     _check_carried(pair, config.train.trainable)
     trained, facts = loop.train(pair, architecture, stream, config, directory, f"expert {name}", options, origin)
-    expert = surgery.split(_replace(pair, trained), banks)[1][name]
+    expert = surgery.split(_replace(pair, trained), architecture.banks)[1][name]
     facts |= made_of | {
         "data": source.digest,
         "documents": source.num_documents,
@@ -205,7 +165,7 @@ def expert_stage(
         "seed": config.seed,
     }
     found = store.write_bundle(home, name, anchor, expert, facts)
-    say(f"expert '{name}': written to {home}, digest {found.manifest['digest'][:12]}")
+    distributed.say(f"expert '{name}': written to {home}, digest {found.manifest['digest'][:12]}")
     return found
 
 
@@ -240,34 +200,73 @@ def joint_stage(
     if _finished(home):
         found = models.open_model(home)
         _check_made_of(found.anchor.manifest["training"], made_of, home)
-        say(f"joint model: finished, skipped; tree digest {found.tree_digest[:12]}")
+        distributed.say(f"joint model: finished, skipped; tree digest {found.tree_digest[:12]}")
         return found
-    names = config.mixture.experts
-    public = anchor.tensors("expert")
-    rng = np.random.default_rng(config.seed)
+    names, rng = config.mixture.experts, np.random.default_rng(config.seed)
+    dense, params = models.load_anchor(anchor, options.mesh)
+    rows = {config_lib.PUBLIC: anchor.tensor("expert/router/row")}
+    for name in names:
+        rows[name] = (config.model.init_std * rng.standard_normal(rows[config_lib.PUBLIC].shape)).astype(np.float32)
 
-    def start() -> tree.Tree:
-        row = config.model.init_std * rng.standard_normal(public["router"]["row"].shape)
-        return {**public, "router": {"row": row.astype(np.float32), "bias": np.zeros(config.model.num_layers, np.float32)}}
+    def build(params: tree.Tree, rows: tree.Tree) -> tree.Tree:
+        shared, experts = surgery.split(params, dense.banks)
+        copies = {name: {**experts[config_lib.PUBLIC], "router": {"row": row}} for name, row in rows.items()}
+        return surgery.join(shared, copies, joint_groups(config))[0]
 
-    experts = {config_lib.PUBLIC: public, **{name: start() for name in names}}
-    params, banks = surgery.join(anchor.shared(), experts, {config_lib.PUBLIC: (config_lib.PUBLIC,), "joint": names})
-    architecture = surgery.architecture(config.model, banks, config.mixture.top_k)
+    architecture = planned(config)
+    params = placement.assemble(build, architecture, options.mesh, params, rows)
     trained, facts = loop.train(params, architecture, stream, config, directory, "joint", options, origin)
-    shared, experts = surgery.split(_replace(params, trained), banks)
+    shared, experts = surgery.split(_replace(params, trained), architecture.banks)
 
     def put(writer: slices.TensorWriter) -> None:  # no statistics: the old anchor's states are not those of the new one
         writer.put_tree({**shared, "expert": experts[config_lib.PUBLIC]})
 
     parts = directory / "parts"
     _discard(parts)
-    tokenizer_file, rows = store.tokenizer_path(anchor), anchor.manifest["rows"]
+    tokenizer_file, method = store.tokenizer_path(anchor), anchor.manifest["rows"]
     facts |= made_of | {"seed": config.seed, "seq_len": config.data.seq_len}
-    new = store.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=rows, training=facts)
-    bundles = {name: store.write_bundle(parts / name, name, new, experts[name], facts) for name in names}
-    model = models.write_model(home, new, bundles, config.mixture.top_k)
-    _discard(parts)
-    return model
+    new = store.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=method, training=facts)
+    bias = np.zeros(config.model.num_layers, np.float32)  # bundles carry one; the experts of a joint model have none
+    bundles = {}
+    for name in names:
+        expert = {**experts[name], "router": {**experts[name]["router"], "bias": bias}}
+        bundles[name] = store.write_bundle(parts / name, name, new, expert, facts)
+    return _publish(home, parts, new, bundles, config.mixture.top_k)
+
+
+def planned(config: config_lib.Config) -> transformer.Architecture:
+    """What a job would train, before there is an anchor or a model on disk.
+
+    Raises:
+      ConfigError: shapes, names or the number of active experts make no model.
+    """
+    bank, shapes = config_lib.Bank, config.model
+    public = transformer.dense_banks(shapes)
+    names, width = config.mixture.experts, config.expert.d_ff or shapes.d_ff
+    if config.phase == "public":
+        return surgery.architecture(shapes, public, top_k=1)
+    if config.phase == "expert":
+        return surgery.architecture(shapes, (*public, bank(config.expert.name, (config.expert.name,), width)), top_k=2)
+    if config.phase == "joint":
+        ((name, members),) = joint_groups(config).items()
+        return surgery.architecture(shapes, (bank(name, members, shapes.d_ff, biased=False),), config.mixture.top_k)
+    return surgery.architecture(shapes, (*public, bank(f"w{shapes.d_ff}", names, shapes.d_ff)), top_k=len(names) + 1)
+
+
+def joint_groups(config: config_lib.Config) -> dict[str, tuple[str, ...]]:
+    """The bank of a joint model: all experts in one, `public` among them, so that they can live apart."""
+    return {"joint": (config_lib.PUBLIC, *config.mixture.experts)}
+
+
+def _publish(
+    home: epath.Path, parts: epath.Path, anchor: store.Artefact, bundles: dict[str, store.Artefact], top_k: int
+) -> models.Model:
+    """Writes a model from parts that are then discarded."""
+    if distributed.is_main():
+        models.write_model(home, anchor, bundles, top_k)
+        _discard(parts)
+    distributed.barrier("publish")
+    return models.open_model(home)
 
 
 def router_stage(
@@ -281,9 +280,9 @@ def router_stage(
         found = models.open_model(home)
         for bundle in found.bundles.values():
             _check_made_of(bundle.manifest["training"], made_of, home)
-        say(f"router-tuned model: finished, skipped; tree digest {found.tree_digest[:12]}")
+        distributed.say(f"router-tuned model: finished, skipped; tree digest {found.tree_digest[:12]}")
         return found
-    architecture, params = models.load(start, top_k=len(start.bundles) + 1)
+    architecture, params = models.load(start, len(start.bundles) + 1, options.mesh, public_apart=True)
     _check_carried(params, config.train.trainable)
     trained, facts = loop.train(params, architecture, stream, config, directory, "router tuning", options, origin)
     experts = surgery.split(_replace(params, trained), architecture.banks)[1]
@@ -293,9 +292,7 @@ def router_stage(
     for name, bundle in start.bundles.items():
         provenance = facts | made_of | {"router_tuned_with": sorted(start.bundles), "parent": bundle.manifest["digest"]}
         bundles[name] = store.write_bundle(parts / name, name, start.anchor, experts[name], provenance)
-    model = models.write_model(home, start.anchor, bundles, start.manifest["top_k"])
-    _discard(parts)
-    return model
+    return _publish(home, parts, start.anchor, bundles, start.manifest["top_k"])
 
 
 def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath.Path) -> models.Model:
@@ -304,16 +301,19 @@ def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath
     if _finished(home):
         found = models.open_model(home)
         _check_made_of(found.manifest["experts"], {bundle.manifest["name"]: bundle.manifest["digest"]}, home)
-        say(f"model: finished, skipped; tree digest {found.tree_digest[:12]}")
+        distributed.say(f"model: finished, skipped; tree digest {found.tree_digest[:12]}")
         return found
-    found = models.write_model(home, anchor, {bundle.manifest["name"]: bundle}, top_k=2)
-    say(f"model: written to {home}, tree digest {found.tree_digest[:12]}")
+    if distributed.is_main():
+        models.write_model(home, anchor, {bundle.manifest["name"]: bundle}, top_k=2)
+    distributed.barrier("model")
+    found = models.open_model(home)
+    distributed.say(f"model: written to {home}, tree digest {found.tree_digest[:12]}")
     return found
 
 
 def _replace(params: tree.Tree, trained: tree.Tree) -> tree.Tree:
     flat = tree.flatten(params) | tree.flatten(trained)
-    return tree.unflatten({path: np.asarray(leaf) for path, leaf in flat.items()})
+    return tree.unflatten(flat)
 
 
 def _finished(home: epath.Path) -> bool:
@@ -340,5 +340,5 @@ def _check_made_of(recorded: dict[str, Any], made_of: dict[str, Any], home: epat
 
 
 def _discard(directory: epath.Path) -> None:
-    if directory.exists():
+    if distributed.is_main() and directory.exists():
         directory.rmtree()

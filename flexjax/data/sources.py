@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import errors
+from flexjax import distributed, errors
 from flexjax.data import builtin, cache, corpus
 from flexjax.data import pipeline as pipeline_lib
 from flexjax.data import tokenizer as tokenizer_lib
@@ -44,11 +44,14 @@ class Corpora:
             defaults.validation_files,
         ):
             self.root = str(self.directory / "corpus")
-            if builtin.build(self.root):
+            with distributed.main_first("corpus"):
+                built = builtin.build(self.root)
+            if built:
                 say("corpus: built from the sources of installed packages")
         for domain in config.evaluation.domains:  # a missing file is told of now, not after the training
             corpus.expand(self.data.validation_files, self.root, domain)
-        self.tokenizer_file = self._tokenizer_file(tokenizer_file)
+        with distributed.main_first("tokenizer"):
+            self.tokenizer_file = self._tokenizer_file(tokenizer_file)
         self.tokenizer = tokenizer_lib.load(self.tokenizer_file)
 
     def pattern(self, domain: str, split: str) -> str:
@@ -68,7 +71,8 @@ class Corpora:
                 last = time.monotonic()
                 self._say(f"{domain}: {documents} documents of {split} tokenised, {num_bytes / 1e6:.0f} MB of text")
 
-        source = tokens_lib.tokenize(paths, self.tokenizer, self.data, vocab_size, self.directory / "tokens", progress)
+        with distributed.main_first("tokens"):
+            source = tokens_lib.tokenize(paths, self.tokenizer, self.data, vocab_size, self.directory / "tokens", progress)
         if source.bad_documents:
             first = "; ".join(source.bad_documents[:SHOWN_DOCUMENTS])  # file, line and reason, never text
             self._say(f"{domain}: {len(source.bad_documents)} documents left out of {split}: first {first}")

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from flexjax import tree
+from flexjax import sharding, tree
 from flexjax.data import pipeline, tokens
-from flexjax.model import losses, router, transformer
+from flexjax.model import losses, placement, router, transformer
 
 
 @dataclasses.dataclass
@@ -34,14 +35,23 @@ class Scorer:
       seq_len: window length in tokens.
       batch_size: windows at once.
       dtype: of the computation.
+      mesh: the devices; None for one. The batch becomes a multiple of what they split it into.
     """
 
     def __init__(
-        self, architecture: transformer.Architecture, params: tree.Tree, seq_len: int, batch_size: int, dtype: str = "float32"
+        self,
+        architecture: transformer.Architecture,
+        params: tree.Tree,
+        seq_len: int,
+        batch_size: int,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
     ) -> None:
-        self.architecture, self.seq_len, self.batch_size = architecture, seq_len, batch_size
-        self._params = jax.tree.map(jnp.asarray, params)
-        compute = transformer.Compute(jnp.dtype(dtype))
+        self._mesh = mesh = sharding.one_device() if mesh is None else mesh
+        sharding.check(transformer.splits(architecture), mesh)
+        self.architecture, self.seq_len, self.batch_size = architecture, seq_len, sharding.round_up(batch_size, mesh)
+        self._params = placement.place(params, architecture, mesh)
+        compute = transformer.Compute(jnp.dtype(dtype), mesh=mesh)
 
         def score(params: tree.Tree, batch: dict[str, jax.Array], allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
             out = transformer.forward(
@@ -53,7 +63,8 @@ class Scorer:
                 segments=batch["segments"],
                 weights=batch["weights"],
             )
-            _, nats, _ = losses.cross_entropy(out.hidden, transformer.head_kernel(params), batch["targets"])
+            head = transformer.head_kernel(params)
+            _, nats, _ = losses.cross_entropy(out.hidden, head, batch["targets"], head_trainable=False, mesh=mesh)
             tokens_per_row = batch["weights"].sum(axis=1)
             if out.routing is None:
                 shares = tokens_per_row.sum()[None]
@@ -71,10 +82,13 @@ class Scorer:
         """
         names = self.architecture.experts
         allowed = router.allowed_mask(names, names if experts is None else experts, self.batch_size)
+        allowed = sharding.put(np.asarray(allowed), sharding.sharding(self._mesh, ("batch", None)))
+        every = list(range(self.batch_size))
         batches = pipeline.evaluation_batches(source, seq_len=self.seq_len, batch_size=self.batch_size, max_bytes=max_bytes)
         nats, shares = 0.0, np.zeros(len(names))
         for batch in batches:
-            inputs = {name: batch[name] for name in ("tokens", "targets", "weights", "segments")}
+            rows = {name: batch[name] for name in ("tokens", "targets", "weights", "segments")}
+            inputs = sharding.put_rows(rows, every, self._mesh, self.batch_size)
             batch_nats, batch_shares = self._score(self._params, inputs, allowed)
             nats += float(batch_nats)
             shares += np.asarray(batch_shares, np.float64)

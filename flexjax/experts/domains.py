@@ -13,11 +13,12 @@ All but `logistic` are scaled per layer to unit logits on public states, since t
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from flexjax import errors, tree
+from flexjax import errors, sharding, tree
 from flexjax.data import tokens as tokens_lib
-from flexjax.model import transformer
+from flexjax.model import placement, transformer
 
 METHODS = ("logistic", "mean", "text", "random")
 LEAST_DOCUMENTS = 1000  # an owner's row must not describe a handful of documents
@@ -64,25 +65,29 @@ def states(
     seq_len: int,
     count: int,
     seed: int,
+    mesh: Mesh,
 ) -> States:
     """The residual states that routers read, at `count` random tokens of the documents (one random window of each)."""
+    params = placement.place(params, architecture, mesh)
+    compute = transformer.Compute(mesh=mesh)
+    batch = sharding.round_up(BATCH, mesh)
     rng = np.random.default_rng(seed)
     windows = [_window(source, int(document), seq_len, rng) for document in documents]
     per_document = -(-count // len(windows))
 
     @jax.jit
     def run(params: tree.Tree, tokens: jax.Array) -> jax.Array:
-        kept = transformer.forward(params, tokens, architecture, keep_states=True).states
+        kept = transformer.forward(params, tokens, architecture, compute, keep_states=True).states
         assert kept is not None
-        return kept
+        return sharding.constrain(kept, mesh, None, "batch", None, None)
 
     collected = []
-    for first in range(0, len(windows), BATCH):
-        group = windows[first : first + BATCH]
-        ids = np.full((BATCH, seq_len), source.eos_id, np.int32)
+    for first in range(0, len(windows), batch):
+        group = windows[first : first + batch]
+        ids = np.full((batch, seq_len), source.eos_id, np.int32)
         for row, window in enumerate(group):
             ids[row, : len(window)] = window
-        found = np.asarray(run(params, ids))
+        found = sharding.fetch(run(params, sharding.put(ids, sharding.sharding(mesh, ("batch", None)))))
         for row, window in enumerate(group):
             # position 0 is the EOS before the document; padding lies behind it, unseen by causal attention
             collected.append(found[:, row, rng.integers(1, len(window), per_document)])

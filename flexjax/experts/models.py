@@ -6,14 +6,16 @@ What the manifest does not name does not exist: it is replaced atomically, and w
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from etils import epath
+from jax.sharding import Mesh
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
+from flexjax import errors, sharding, tree
+from flexjax.experts import loading, store, surgery
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import store, surgery
-from flexjax.model import transformer
+from flexjax.model import router, transformer
 
 
 @dataclasses.dataclass
@@ -77,20 +79,48 @@ def open_model(directory: epath.PathLike) -> Model:
     return Model(home, manifest, anchor, bundles)
 
 
-def load(model: Model, top_k: int | None = None) -> tuple[transformer.Architecture, tree.Tree]:
-    """Reads a merged model into memory, as float32 NumPy arrays or the published dtype, in the standard banks."""
+def load(
+    model: Model, top_k: int | None = None, mesh: Mesh | None = None, *, public_apart: bool = False
+) -> tuple[transformer.Architecture, tree.Tree]:
+    """Reads a merged model, as float32 or the published dtype.
+
+    Args:
+      model: an open one.
+      top_k: experts per token; None: as it was merged.
+      mesh: where it is laid, each process reading its share (`loading.load`); None: NumPy arrays, in the standard banks.
+      public_apart: keep the standard banks on a mesh that splits experts too, where else `public` joins those of its width.
+    """
+    k = model.manifest["top_k"] if top_k is None else top_k
+    if mesh is not None:
+        widths = {name: bundle.manifest["d_ff"] for name, bundle in model.bundles.items()}
+        widths[config_lib.PUBLIC] = store.config_of(model.anchor).d_ff
+        standard = public_apart or sharding.size(mesh, "expert") == 1
+        return loading.load(model.anchor, model.bundles, k, mesh, None if standard else by_width(widths))
     experts = {config_lib.PUBLIC: model.anchor.tensors("expert")}
     for name, bundle in model.bundles.items():
         experts[name] = bundle.tensors("expert")
         for path, leaf in tree.flatten(experts[name]).items():
             store.check_content(path, leaf, bundle.label)
     params, banks = surgery.join(model.anchor.shared(), experts)
-    k = model.manifest["top_k"] if top_k is None else top_k
     return surgery.architecture(store.config_of(model.anchor), banks, k), params
 
 
-def load_anchor(anchor: store.Artefact) -> tuple[transformer.Architecture, tree.Tree]:
-    """Reads an anchor into memory as a dense model."""
+def by_width(widths: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Banks for experts that live apart: one per width, `public` among the others of its own, so that few slots stay empty.
+
+    Args:
+      widths: hidden units by expert.
+    """
+    found: dict[int, list[str]] = {}
+    for name in router.canonical_order(widths):
+        found.setdefault(widths[name], []).append(name)
+    return {config_lib.PUBLIC if names == [config_lib.PUBLIC] else f"w{d_ff}": tuple(names) for d_ff, names in found.items()}
+
+
+def load_anchor(anchor: store.Artefact, mesh: Mesh | None = None) -> tuple[transformer.Architecture, tree.Tree]:
+    """Reads an anchor as a dense model; `mesh` as for `load`."""
+    if mesh is not None:
+        return loading.load(anchor, {}, 1, mesh)
     params, banks = surgery.join(anchor.shared(), {config_lib.PUBLIC: anchor.tensors("expert")})
     return surgery.architecture(store.config_of(anchor), banks, 1), params
 
@@ -135,10 +165,12 @@ def _unnamed(model: Model) -> list[epath.Path]:
     return [entry for entry in experts.iterdir() if entry.name not in kept] if experts.exists() else []
 
 
-def load_any(directory: epath.PathLike, top_k: int | None = None) -> tuple[store.Artefact, transformer.Architecture, tree.Tree]:
-    """Reads a merged model or an anchor into memory; returns (its anchor, what the parameters mean, the parameters)."""
+def load_any(
+    directory: epath.PathLike, top_k: int | None = None, mesh: Mesh | None = None
+) -> tuple[store.Artefact, transformer.Architecture, tree.Tree]:
+    """Reads a merged model or an anchor, as `load` does; returns (its anchor, what the parameters mean, the parameters)."""
     if manifest_lib.kind(directory) == "anchor":
         anchor = store.open_anchor(directory)
-        return anchor, *load_anchor(anchor)
+        return anchor, *load_anchor(anchor, mesh)
     model = open_model(directory)
-    return model.anchor, *load(model, top_k)
+    return model.anchor, *load(model, top_k, mesh)

@@ -11,21 +11,26 @@ import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from etils import epath
 
-from flexjax import errors, tree, workdir
+from flexjax import distributed, errors, sharding, tree, workdir
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class TensorWriter:
-    """Writes tensors slice by slice and keeps what the manifest has to say of them."""
+    """Writes tensors slice by slice and keeps what the manifest has to say of them.
+
+    With several processes all of them call it alike, since arrays may lie on devices of all; process 0 writes the files.
+    """
 
     def __init__(self, directory: epath.PathLike) -> None:
         self.root = epath.Path(directory) / "tensors"
         self.entries: dict[str, dict[str, Any]] = {}
+        self._writes = distributed.is_main()
 
     def put(self, path: str, dtype: str, shape: tuple[int, ...], slices: Iterable[np.ndarray]) -> None:
         """Writes one tensor from consecutive pieces along its first axis, of any length each."""
@@ -33,16 +38,18 @@ class TensorWriter:
         chunk = tree.chunk_shape(path, shape, itemsize)
         home = self.root / path
         try:
-            home.mkdir(parents=True, exist_ok=True)
-            (home / "zarr.json").write_bytes(zarr_metadata(dtype, shape, chunk))
+            if self._writes:
+                home.mkdir(parents=True, exist_ok=True)
+                (home / "zarr.json").write_bytes(zarr_metadata(dtype, shape, chunk))
             digests = []
             for index, rows in enumerate(_regroup(slices, chunk[0])):
                 rows = np.ascontiguousarray(rows).astype(np.dtype(dtype).newbyteorder("<"), copy=False)
                 padding = np.zeros((chunk[0] - rows.shape[0], *chunk[1:]), rows.dtype)
                 data = (np.concatenate([rows, padding]) if padding.size else rows).tobytes()
                 target = home / slice_file(index, len(shape))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
+                if self._writes:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(data)
                 digests.append(tree.sha256(data))
         except OSError as error:
             raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
@@ -53,8 +60,18 @@ class TensorWriter:
     def put_tree(self, values: tree.Tree) -> None:
         """Writes all leaves of a tree of arrays."""
         for path, leaf in tree.flatten(values).items():
-            array = np.asarray(leaf)
-            self.put(path, array.dtype.name, array.shape, [array])
+            self.put(path, leaf.dtype.name, leaf.shape, pieces(path, leaf))
+
+
+def pieces(path: str, leaf: Any) -> Iterator[np.ndarray]:
+    """The slices of a tensor, one at a time; from a mesh, they are fetched one at a time too."""
+    rows = tree.chunk_shape(path, leaf.shape, leaf.dtype.itemsize)[0]
+    for start in range(0, leaf.shape[0], rows):
+        size = min(rows, leaf.shape[0] - start)
+        if isinstance(leaf, np.ndarray):
+            yield leaf[start : start + size]
+        else:
+            yield sharding.fetch(jax.lax.dynamic_slice_in_dim(leaf, start, size))
 
 
 def zarr_metadata(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
+from flexjax import distributed, errors, tree
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import schema, slices, surgery
@@ -116,7 +116,7 @@ def write_anchor(
 
     An anchor imported from a folder that has no tokenizer has none either (`tokenizer_file` None).
     """
-    home = fresh(directory)
+    home = _begin(directory)
     tokenizer = None
     if tokenizer_file is not None:
         source = epath.Path(tokenizer_file)
@@ -124,7 +124,8 @@ def write_anchor(
         name = f"tokenizer{source.suffix}"
         if name not in TOKENIZER_FILES:
             raise errors.ConfigError(f"{source} is no tokenizer; give a .model or .json file")
-        (home / name).write_bytes(data)
+        if distributed.is_main():
+            (home / name).write_bytes(data)
         tokenizer = {"file": name, "digest": tree.sha256(data)}
     writer = slices.TensorWriter(home)
     tensors(writer)
@@ -136,8 +137,21 @@ def write_anchor(
         "tensors": writer.entries,
         "training": training,
     }
-    manifest_lib.write(home, manifest_lib.seal(manifest))
+    _commit(home, manifest)
     return open_anchor(home)
+
+
+def _begin(directory: epath.PathLike) -> epath.Path:
+    """The directory that all processes write together: process 0 its files, all of them the same manifest in memory."""
+    home = fresh(directory) if distributed.is_main() else epath.Path(directory)
+    distributed.barrier("artefact")
+    return home
+
+
+def _commit(home: epath.Path, manifest: manifest_lib.Manifest) -> None:
+    if distributed.is_main():
+        manifest_lib.write(home, manifest_lib.seal(manifest))
+    distributed.barrier("artefact")
 
 
 def open_anchor(directory: epath.PathLike) -> Artefact:
@@ -188,7 +202,8 @@ def write_bundle(
 ) -> Artefact:
     """Writes one expert: its FFN, router row and effective bias (never above 0)."""
     for path, leaf in tree.flatten(expert).items():
-        check_content(path, np.asarray(leaf), f"expert '{name}'")
+        for piece in slices.pieces(path, leaf):
+            check_content(path, piece, f"expert '{name}'")
     return stream_bundle(
         directory, name, anchor, surgery.width(expert), lambda writer: writer.put_tree({"expert": expert}), training
     )
@@ -204,7 +219,7 @@ def stream_bundle(
 ) -> Artefact:
     """Writes one expert slice by slice: `tensors(writer)` puts expert/, whose content the caller has checked."""
     manifest_lib.check_name(name)
-    home = fresh(directory)
+    home = _begin(directory)
     writer = slices.TensorWriter(home)
     tensors(writer)
     manifest = {
@@ -215,7 +230,7 @@ def stream_bundle(
         "tensors": writer.entries,
         "training": training,
     }
-    manifest_lib.write(home, manifest_lib.seal(manifest))
+    _commit(home, manifest)
     return Artefact(home, manifest_lib.read(home, "expert"), f"expert '{name}' in {home}")
 
 

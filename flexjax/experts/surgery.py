@@ -38,7 +38,7 @@ def join(
     Args:
       shared: {embed, layers, head}.
       experts: by name; `public` must be among them. With `public` alone the result is a dense model without a router.
-      groups: bank name to expert names; None: `group`.
+      groups: bank name to expert names; None: `group`. In a bank where some have a bias, it is 0 for the others.
 
     Raises:
       ConfigError: `public` is missing, an expert is in no bank or in two, or experts of one bank differ in width.
@@ -54,9 +54,14 @@ def join(
         if len(widths) > 1:
             raise errors.ConfigError(f"bank '{bank}' mixes experts of widths {sorted(widths)}; give each width its own bank")
         members = [tree.flatten(experts[name]) for name in names]
+        biases = [member.get("router/bias") for member in members]
+        biased = len(experts) > 1 and any(bias is not None for bias in biases)
+        if biased:
+            zero = np.zeros(members[0]["router/row"].shape[:1], np.float32)
+            members = [{"router/bias": zero, **member} for member in members]
         keep = [path for path in members[0] if path.startswith("ffn/") or len(experts) > 1]
         trees[bank] = tree.unflatten({path: _stack([member[path] for member in members]) for path in keep})
-        banks.append(config_lib.Bank(bank, tuple(names), widths.pop(), biased=bank != config_lib.PUBLIC))
+        banks.append(config_lib.Bank(bank, tuple(names), widths.pop(), biased))
     return {**shared, "experts": trees}, tuple(banks)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 NEGATIVE = -1e30
+QUERY_BLOCK = 512
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -54,8 +55,25 @@ def _by_library(q: Array, k: Array, v: Array, mask: Array) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
+def _by_query_blocks(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Self-attention of a long window, some queries at a time: what no query may see is not computed, no score is kept."""
+    length = q.shape[1]
+    if length != k.shape[1] or length % QUERY_BLOCK:
+        return _by_library(q, k, v, mask)
+    block = jax.checkpoint(_by_library)
+    stops = range(QUERY_BLOCK, length + 1, QUERY_BLOCK)
+    pieces = [
+        block(q[:, stop - QUERY_BLOCK : stop], k[:, :stop], v[:, :stop], mask[:, :, stop - QUERY_BLOCK : stop, :stop])
+        for stop in stops
+    ]
+    return jnp.concatenate(pieces, axis=1)
+
+
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B 1 T S"]
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention with scale 1/sqrt(H); the implementation follows the platform that is compiled for."""
-    return jax.lax.platform_dependent(q, k, v, mask, cpu=_by_einsum, default=_by_library)
+    """Softmax attention with scale 1/sqrt(H); the implementation follows the platform that is compiled for.
+
+    `mask` is causal where there are as many keys as queries.
+    """
+    return jax.lax.platform_dependent(q, k, v, mask, cpu=_by_einsum, tpu=_by_query_blocks, default=_by_library)

@@ -1,19 +1,36 @@
 """Matrix products: the plain one, and the grouped one, which depends on the platform a program is compiled for.
 
 Grouped: rows of `x` that belong to group g lie together, from `starts[g]` on, `sizes[g]` of them; groups may be empty, and
-rows that belong to no group give zeros. On CPU a group is worked off in blocks of rows with the group's weights held in
-place, so the cost follows the rows that exist: nothing is dropped, nothing is padded, no weight is copied. Elsewhere it is
-`jax.lax.ragged_dot`.
+rows that belong to no group give zeros. Three kernels do it:
+
+    blocks  works a group off in blocks of rows with its weights held in place, so the cost follows the rows that exist:
+            nothing is dropped, nothing is padded, no weight is copied
+    ragged  `jax.lax.ragged_dot`: a kernel of its own on TPU. On CPU, and where else XLA has none, every row is multiplied by
+            every group and zeros are added up, so that a NaN in one group's weights reaches the rows of all
+    dense   multiplies every row by every group and selects: slow, and right everywhere
+
+"auto" takes what is known to be right and fast on the platform; `self_test` finds out on the devices at hand.
 """
 
+import dataclasses
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from flexjax import errors
+
 BLOCK_ROWS = 128
+CANDIDATES = {"cpu": ("blocks", "dense"), "tpu": ("ragged", "blocks", "dense")}  # in order of preference
+BY_TIME = ("blocks", "ragged", "dense")  # elsewhere, what is fastest depends on the device and the version of XLA
+TOLERANCES = {"cpu": {"float32": 1e-5}}  # of the largest value
+ROUGH = {"float32": 2e-2, "bfloat16": 2e-2}  # elsewhere, where a float32 product may be made of bfloat16 ones
 
 
 def project(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
@@ -41,7 +58,7 @@ def _pad(x: Array) -> Array:
 
 def _matmul_by_blocks(x: Array, w: Array, starts: Array, sizes: Array, *, transpose: bool = False) -> Array:
     rows, padded = x.shape[0], _pad(x)
-    out = jnp.zeros((rows + BLOCK_ROWS, w.shape[1 if transpose else 2]), x.dtype)
+    out = jnp.zeros_like(x, shape=(rows + BLOCK_ROWS, w.shape[1 if transpose else 2]))
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
     for group in range(w.shape[0]):
         weight = w[group]
@@ -61,40 +78,208 @@ def _weight_grad_by_blocks(x: Array, dy: Array, starts: Array, sizes: Array) -> 
         rows, grads = jnp.where(counts, _block(x, start), 0), jnp.where(counts, _block(dy, start), 0)
         return carry + jnp.einsum("RD,RF->DF", rows, grads, preferred_element_type=jnp.float32)
 
-    zero = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
+    zero = jnp.zeros_like(x, jnp.float32, shape=(x.shape[1], dy.shape[1]))
     return jnp.stack([_fold(starts, sizes, group, step, zero) for group in range(sizes.shape[0])]).astype(x.dtype)
 
 
-def _ragged(x: Array, w: Array, starts: Array, sizes: Array) -> Array:
-    w = jnp.where(sizes[:, None, None] > 0, w, 0)  # on GPU every group is computed: an unused one may hold NaN
-    rolled = jax.lax.ragged_dot(jnp.roll(x, -starts[0], axis=0), w, sizes)
-    return jnp.roll(rolled, starts[0], axis=0)
-
-
-@jax.custom_vjp
-def grouped_matmul(
-    x: Float[Array, "R D"], w: Float[Array, "G D F"], starts: Int[Array, " G"], sizes: Int[Array, " G"]
-) -> Float[Array, "R F"]:
-    """Multiplies each row of group g by w[g]; rows outside every group give 0, whatever they and the weights hold."""
-    return jax.lax.platform_dependent(x, w, starts, sizes, cpu=_matmul_by_blocks, default=_ragged)
-
-
-def _forward(x: Array, w: Array, starts: Array, sizes: Array) -> tuple[Array, tuple[Array, ...]]:
-    return grouped_matmul(x, w, starts, sizes), (x, w, starts, sizes)
-
-
 def _backward_by_blocks(x: Array, w: Array, starts: Array, sizes: Array, dy: Array) -> tuple[Array, Array]:
-    dx = partial(_matmul_by_blocks, transpose=True)(dy, w, starts, sizes)
+    dx = _matmul_by_blocks(dy, w, starts, sizes, transpose=True)
     return dx, _weight_grad_by_blocks(x, dy, starts, sizes)
 
 
+def _members(rows: int, starts: Array, sizes: Array) -> Array:
+    """[R, G]: whether a row belongs to a group."""
+    row = jnp.arange(rows)[:, None]
+    return (starts[None] <= row) & (row < (starts + sizes)[None])
+
+
+def _ragged(x: Array, w: Array, starts: Array, sizes: Array) -> Array:
+    w = jnp.where(sizes[:, None, None] > 0, w, 0)  # where every group is computed, an unused one may hold NaN
+    rolled = jax.lax.ragged_dot(jnp.roll(x, -starts[0], axis=0), w, sizes)
+    belongs = _members(x.shape[0], starts, sizes).any(axis=1, keepdims=True)
+    return jnp.where(belongs, jnp.roll(rolled, starts[0], axis=0), 0)  # what a kernel leaves of rows it skips is not said
+
+
 def _backward_ragged(x: Array, w: Array, starts: Array, sizes: Array, dy: Array) -> tuple[Array, Array]:
-    return jax.vjp(lambda x, w: _ragged(x, w, starts, sizes), x, w)[1](dy)
+    belongs = _members(x.shape[0], starts, sizes).any(axis=1, keepdims=True)
+    x, dy = jnp.where(belongs, x, 0), jnp.where(belongs, dy, 0)
+    dx, dw = jax.vjp(lambda x, w: _ragged(x, w, starts, sizes), x, w)[1](dy)
+    return jnp.where(belongs, dx, 0), jnp.where(sizes[:, None, None] > 0, dw, 0)
 
 
-def _backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, None, None]:
-    dx, dw = jax.lax.platform_dependent(*saved, dy, cpu=_backward_by_blocks, default=_backward_ragged)
+def _dense(x: Array, w: Array, starts: Array, sizes: Array) -> Array:
+    member = _members(x.shape[0], starts, sizes)
+    y = jnp.zeros_like(x, shape=(x.shape[0], w.shape[2]))
+    for group in range(w.shape[0]):
+        y = jnp.where(member[:, group, None], x @ w[group], y)
+    return y
+
+
+def _backward_dense(x: Array, w: Array, starts: Array, sizes: Array, dy: Array) -> tuple[Array, Array]:
+    member = _members(x.shape[0], starts, sizes)
+    dw = []
+    for group in range(w.shape[0]):
+        rows, grads = (jnp.where(member[:, group, None], array, 0) for array in (x, dy))
+        dw.append(jnp.einsum("RD,RF->DF", rows, grads, preferred_element_type=jnp.float32).astype(w.dtype))
+    return _dense(dy, jnp.swapaxes(w, 1, 2), starts, sizes), jnp.stack(dw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One way: `forward(x, w, starts, sizes) -> y` and `backward(x, w, starts, sizes, dy) -> (dx, dw)`."""
+
+    forward: Callable[..., Array]
+    backward: Callable[..., tuple[Array, Array]]
+
+
+KERNELS = {
+    "blocks": Kernel(_matmul_by_blocks, _backward_by_blocks),
+    "ragged": Kernel(_ragged, _backward_ragged),
+    "dense": Kernel(_dense, _backward_dense),
+}
+
+
+def _by_platform(kernel: str, direction: str, *args: Array) -> Any:
+    if kernel != "auto":
+        return getattr(KERNELS[kernel], direction)(*args)
+    ways = {platform: getattr(KERNELS[names[0]], direction) for platform, names in CANDIDATES.items()}
+    return jax.lax.platform_dependent(*args, **ways, default=getattr(KERNELS[BY_TIME[0]], direction))
+
+
+def grouped_matmul(
+    x: Float[Array, "R D"],
+    w: Float[Array, "G D F"],
+    starts: Int[Array, " G"],
+    sizes: Int[Array, " G"],
+    kernel: str = "auto",
+) -> Float[Array, "R F"]:
+    """Multiplies each row of group g by w[g]; rows outside every group give 0, whatever they and the weights hold.
+
+    Args:
+      x, w: of one dtype.
+      starts, sizes: the groups follow each other without a gap, from starts[0] on.
+      kernel: a key of `KERNELS`, or "auto": by the platform that the program is compiled for.
+    """
+    return _grouped_matmul(kernel, x, w, starts, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(kernel: str, x: Array, w: Array, starts: Array, sizes: Array) -> Array:
+    return _by_platform(kernel, "forward", x, w, starts, sizes)
+
+
+def _forward(kernel: str, x: Array, w: Array, starts: Array, sizes: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _grouped_matmul(kernel, x, w, starts, sizes), (x, w, starts, sizes)
+
+
+def _backward(kernel: str, saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, None, None]:
+    dx, dw = _by_platform(kernel, "backward", *saved, dy)
     return dx, dw, None, None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The kernel to use on these devices, and one line that says why."""
+
+    kernel: str
+    text: str
+
+
+def self_test() -> Verdict:
+    """Compares the kernels with NumPy on the default backend and fresh random inputs.
+
+    A kernel passes if values and gradients agree, an empty group has a gradient of exactly 0, and what is NaN in one group
+    or in a row of none stays there. The first of the platform's `CANDIDATES` that passes is taken; on other platforms the
+    fastest.
+
+    Raises:
+      NumericError: no kernel passes.
+    """
+    platform, random = jax.default_backend(), np.random.default_rng()
+    precisions = TOLERANCES.get(platform, ROUGH)
+    refused: list[str] = []
+    seconds: dict[str, float] = {}
+    for name in CANDIDATES.get(platform, BY_TIME):
+        faults = (_fault(name, random, dtype, tolerance) for dtype, tolerance in precisions.items())
+        if fault := next(filter(None, faults), ""):
+            refused.append(f"'{name}' refused: {fault}")
+        elif platform in CANDIDATES:
+            seconds[name] = 0.0
+            break
+        else:
+            seconds[name] = _seconds(name)
+    if not seconds:
+        raise errors.NumericError(f"no grouped matmul is right on {platform} ({'; '.join(refused)}); train on other devices")
+    best = min(seconds, key=lambda name: seconds[name])
+    timed = [f"'{name}' {1e3 * value:.1f} ms" for name, value in seconds.items() if value]
+    return Verdict(best, "; ".join([f"grouped matmul on {platform}: '{best}' passed its test", *timed, *refused]))
+
+
+def _draw(random: np.random.Generator, groups: int = 4, rows: int = 300, d: int = 128, f: int = 256) -> list[np.ndarray]:
+    """x, w, dy, starts and sizes; one group is empty, and rows before and behind the groups belong to none."""
+    sizes = 20 + random.multinomial(rows - 30 - 20 * groups, random.dirichlet(np.ones(groups)))
+    sizes[random.integers(groups)] = 0
+    starts = 1 + random.integers(20) + np.cumsum(sizes) - sizes
+    shapes = (rows, d), (groups, d, f), (rows, f)
+    return [
+        *(random.normal(size=shape).astype(np.float32) for shape in shapes),
+        starts.astype(np.int32),
+        sizes.astype(np.int32),
+    ]
+
+
+def _fault(name: str, random: np.random.Generator, dtype: str, tolerance: float) -> str:
+    """What is wrong with a kernel; empty if nothing is."""
+
+    @jax.jit
+    def products(x: Array, w: Array, dy: Array, starts: Array, sizes: Array) -> tuple[Array, ...]:
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, starts, sizes, name), x.astype(dtype), w.astype(dtype))
+        return tuple(array.astype(jnp.float32) for array in (y, *pullback(dy.astype(dtype))))
+
+    x, w, dy, starts, sizes = _draw(random)
+    inside = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    outside = np.ones(len(x), bool)
+    expected = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    for group, rows in enumerate(inside):
+        outside[rows] = False
+        expected[0][rows] = x[rows] @ w[group]
+        expected[1][rows] = dy[rows] @ w[group].T
+        expected[2][group] = x[rows].T @ dy[rows]
+    x[outside] = dy[outside] = w[sizes == 0] = np.nan
+    broken = int(np.argmax(sizes))
+    for poisoned in (False, True):
+        if poisoned:
+            x[inside[broken]] = dy[inside[broken]] = w[broken] = np.nan
+        try:
+            found = [np.array(array) for array in products(x, w, dy, starts, sizes)]
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            return f"it does not run, {str(error).partition(chr(10))[0]}"
+        if found[2][sizes == 0].any() or found[0][outside].any() or found[1][outside].any():
+            return "what no row asked for is not 0"
+        for what, mine, theirs in zip(("value", "gradient of rows", "gradient of weights"), found, expected, strict=True):
+            if poisoned:
+                place = broken if what == "gradient of weights" else inside[broken]
+                mine[place] = theirs[place] = 0
+            if not np.allclose(mine, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(initial=1)):
+                return f"the {what} of other groups feels a NaN" if poisoned else f"a wrong {what}"
+    return ""
+
+
+def _seconds(name: str, groups: int = 8, rows: int = 16384, d: int = 1024, f: int = 2048) -> float:
+    """Median time of a product and its gradients in bfloat16, where half of the rows are in use."""
+    sizes = jnp.full(groups, rows // groups // 2, jnp.int32)
+    starts = jnp.cumsum(sizes) - sizes
+
+    @jax.jit
+    def products(x: Array, w: Array) -> Any:
+        return jax.grad(lambda x, w: grouped_matmul(x, w, starts, sizes, name).sum(), (0, 1))(x, w)
+
+    x, w, times = jnp.ones((rows, d), jnp.bfloat16), jnp.ones((groups, d, f), jnp.bfloat16), []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(products(x, w))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

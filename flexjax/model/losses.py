@@ -4,19 +4,28 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from flexjax import sharding
 from flexjax.model import router
 
-CHUNK_LOGITS = 2**22  # logits alive at once, B * (T / chunks) * V
+CHUNK_LOGITS = 2**22  # logits that a device holds at once,
+CHUNK_ROWS = 1024  # unless they are those of this many tokens: fewer would read the head more often than compute with it
 
 
-def _token_losses(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[Array, tuple[Array, Array]]:
+def _token_losses(
+    hidden: Array, kernel: Array, targets: Array, z_weight: float, mesh: Mesh | None
+) -> tuple[Array, tuple[Array, Array]]:
     rows = hidden.reshape(-1, hidden.shape[-1])  # as a matrix: see `kernels.project`
     logits = jnp.dot(rows, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    logits = logits.reshape(*hidden.shape[:-1], kernel.shape[1])
+    logits = sharding.constrain(logits.reshape(*hidden.shape[:-1], kernel.shape[1]), mesh, "batch", None, "vocab")
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    cross_entropy = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if sharding.size(mesh, *sharding.RULES["vocab"]) > 1:  # each part of the vocabulary looks among its own
+        chosen = jnp.where(jnp.arange(logits.shape[-1])[None, None] == targets[..., None], logits, 0).sum(axis=-1)
+    else:
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    cross_entropy = log_z - chosen
     z = jnp.square(log_z)
     return cross_entropy + z_weight * z, (cross_entropy, z)
 
@@ -30,47 +39,57 @@ def _join(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _chunk_count(hidden: Array, kernel: Array) -> int:
+def _chunk_count(hidden: Array, kernel: Array, mesh: Mesh | None) -> int:
     B, T, _ = hidden.shape
-    wanted = -(-B * T * kernel.shape[1] // CHUNK_LOGITS)
+    rows = B * T // sharding.size(mesh, *sharding.BATCH)
+    vocab = kernel.shape[1] // sharding.size(mesh, *sharding.RULES["vocab"])
+    wanted = min(-(-rows * vocab // CHUNK_LOGITS), -(-rows // CHUNK_ROWS))
     return next(count for count in range(1, T + 1) if T % count == 0 and count >= min(wanted, T))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _frozen_head(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[Array, Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _frozen_head(
+    hidden: Array, kernel: Array, targets: Array, z_weight: float, mesh: Mesh | None
+) -> tuple[Array, Array, Array]:
     def chunk(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        total, (cross_entropy, z) = _token_losses(args[0], kernel, args[1], z_weight)
+        total, (cross_entropy, z) = _token_losses(args[0], kernel, args[1], z_weight, mesh)
         return total, cross_entropy, z
 
-    count = _chunk_count(hidden, kernel)
+    count = _chunk_count(hidden, kernel, mesh)
     return jax.tree.map(_join, jax.lax.map(chunk, (_chunks(hidden, count), _chunks(targets, count))))
 
 
-def _frozen_forward(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[tuple[Array, Array, Array], Array]:
+def _frozen_forward(
+    hidden: Array, kernel: Array, targets: Array, z_weight: float, mesh: Mesh | None
+) -> tuple[tuple[Array, Array, Array], Array]:
     def chunk(args: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
         x, y = args
-        total, gradient, (cross_entropy, z) = jax.vjp(lambda x: _token_losses(x, kernel, y, z_weight), x, has_aux=True)
+        total, gradient, (cross_entropy, z) = jax.vjp(lambda x: _token_losses(x, kernel, y, z_weight, mesh), x, has_aux=True)
         return (total, cross_entropy, z), gradient(jnp.ones_like(total))[0]
 
-    count = _chunk_count(hidden, kernel)
+    count = _chunk_count(hidden, kernel, mesh)
     losses, dx = jax.lax.map(chunk, (_chunks(hidden, count), _chunks(targets, count)))
     return jax.tree.map(_join, losses), _join(dx)
 
 
-def _frozen_backward(z_weight: float, dx: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, None, None]:
+def _frozen_backward(
+    z_weight: float, mesh: Mesh | None, dx: Array, grads: tuple[Array, Array, Array]
+) -> tuple[Array, None, None]:
     return (grads[0][..., None] * dx.astype(jnp.float32)).astype(dx.dtype), None, None
 
 
 _frozen_head.defvjp(_frozen_forward, _frozen_backward)
 
 
-def _trainable_head(hidden: Array, kernel: Array, targets: Array, z_weight: float) -> tuple[Array, Array, Array]:
+def _trainable_head(
+    hidden: Array, kernel: Array, targets: Array, z_weight: float, mesh: Mesh | None
+) -> tuple[Array, Array, Array]:
     @jax.checkpoint
     def chunk(args: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        total, (cross_entropy, z) = _token_losses(args[0], kernel, args[1], z_weight)
+        total, (cross_entropy, z) = _token_losses(args[0], kernel, args[1], z_weight, mesh)
         return total, cross_entropy, z
 
-    count = _chunk_count(hidden, kernel)
+    count = _chunk_count(hidden, kernel, mesh)
     return jax.tree.map(_join, jax.lax.map(chunk, (_chunks(hidden, count), _chunks(targets, count))))
 
 
@@ -81,14 +100,18 @@ def cross_entropy(
     *,
     z_weight: float = 0.0,
     head_trainable: bool = True,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns (cross-entropy + z_weight * z, cross-entropy, z = squared log-normalizer) per token, in nats.
 
     Only the first is meant to be differentiated. The logits are never all in memory. With a frozen head, the gradient by
     `hidden` is computed together with the loss, so that no logits are kept or computed twice and the head gets none.
     """
+    if not head_trainable:
+        kernel = kernel.astype(hidden.dtype)  # half the bytes to gather; a trained head's gradient is summed in float32
+    kernel = sharding.constrain(kernel, mesh, None, "vocab")
     function = _trainable_head if head_trainable else _frozen_head
-    total, ce, z = function(hidden, kernel, targets, z_weight)
+    total, ce, z = function(hidden, kernel, targets, z_weight, mesh)
     return total, jax.lax.stop_gradient(ce), jax.lax.stop_gradient(z)
 
 

@@ -2,9 +2,9 @@
 
     params = {embed/embedding, layers/{attention, norms}, experts/<bank>/{ffn, router}, head/{norm, kernel}}
 
-`Layer`, `Expert` (a bank of them) and `Router` are declared as NNX modules of ONE layer; their leaves are stacked over layers
-`[L, ...]`. Outside this room a model is an `Architecture` and a plain tree of arrays. Dimension letters: B batch, T time,
-D model, F hidden, N heads, K key-value heads, H head, E experts, V vocabulary, L layers.
+`modules` declares ONE layer; here its leaves are stacked over layers `[L, ...]`. Outside this room a model is an
+`Architecture` and a plain tree of arrays. Dimension letters: B batch, T time, D model, F hidden, N heads, K key-value heads,
+H head, E experts, V vocabulary, L layers.
 """
 
 import dataclasses
@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
-from flexjax.model import attention, kernels, moe, router
+from flexjax import errors, sharding, tree
+from flexjax.model import attention, collectives, kernels, modules, moe, router
 
 Params = tree.Tree
 
@@ -42,14 +43,29 @@ class Architecture:
         """A model of one expert has no router."""
         return len(self.experts) > 1
 
+    @property
+    def sparse(self) -> bool:
+        """Whether tokens are sent to the experts they chose, rather than every expert computed on every token."""
+        return moe.is_sparse(len(self.experts), self.top_k)
+
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a forward pass is carried out, never what it means."""
+    """How and where a forward pass is carried out, never what it means.
+
+    Attributes:
+      dtype: of the activations.
+      remat: what the backward pass computes again, a key of `REMAT`.
+      scan: whether the layers are one loop, or laid out one by one.
+      mesh: the devices; None for one.
+      dispatch: how tokens reach the experts they chose.
+    """
 
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = False
+    mesh: Mesh | None = None
+    dispatch: moe.Dispatch = moe.Dispatch()
 
 
 @dataclasses.dataclass
@@ -78,83 +94,22 @@ def dense_banks(config: config_lib.ModelConfig) -> tuple[config_lib.Bank, ...]:
     return (config_lib.Bank(config_lib.PUBLIC, (config_lib.PUBLIC,), config.d_ff, biased=False),)
 
 
-def _weight(rngs: nnx.Rngs, std: float, **axes: int) -> nnx.Param:
-    return nnx.Param(std * jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32), axes=tuple(axes))
-
-
-def _scale(**axes: int) -> nnx.Param:
-    return nnx.Param(jnp.ones(tuple(axes.values()), jnp.float32), axes=tuple(axes))
-
-
-class Layer(nnx.Module):
-    """The shared part of one layer: attention and the norms on the sub-layers' outputs."""
-
-    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs) -> None:
-        d, heads = config.d_model, config.num_heads * config.head_dim
-        kv_heads = config.num_kv_heads * config.head_dim
-        self.attention = nnx.Dict(
-            q=_weight(rngs, config.init_std, embed=d, heads=heads),
-            k=_weight(rngs, config.init_std, embed=d, kv_heads=kv_heads),
-            v=_weight(rngs, config.init_std, embed=d, kv_heads=kv_heads),
-            o=_weight(rngs, config.init_std, heads=heads, embed=d),
-            q_norm=_scale(heads=heads),
-            k_norm=_scale(kv_heads=kv_heads),
-        )
-        self.norms = nnx.Dict(attention=_scale(embed=d), ffn=_scale(embed=d))
-
-
-class Expert(nnx.Module):
-    """One bank of experts of one layer: SwiGLU weights with a leading expert axis."""
-
-    def __init__(self, config: config_lib.ModelConfig, bank: config_lib.Bank, rngs: nnx.Rngs) -> None:
-        e, d, f = len(bank.experts), config.d_model, bank.d_ff
-        self.gate = _weight(rngs, config.init_std, expert=e, embed=d, mlp=f)
-        self.up = _weight(rngs, config.init_std, expert=e, embed=d, mlp=f)
-        self.down = _weight(rngs, config.init_std, expert=e, mlp=f, embed=d)
-
-
-class Router(nnx.Module):
-    """The rows and biases of one bank of one layer."""
-
-    def __init__(self, config: config_lib.ModelConfig, bank: config_lib.Bank, rngs: nnx.Rngs) -> None:
-        e = len(bank.experts)
-        self.row = _weight(rngs, config.init_std, expert=e, embed=config.d_model)
-        if bank.biased:
-            self.bias = nnx.Param(jnp.zeros((e,), jnp.float32), axes=("expert",))
-
-
-class Embedding(nnx.Module):
-    """The token embedding."""
-
-    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs) -> None:
-        self.embedding = _weight(rngs, config.init_std, vocab=config.vocab_size, embed=config.d_model)
-
-
-class Head(nnx.Module):
-    """The final norm and, unless tied, the output projection."""
-
-    def __init__(self, config: config_lib.ModelConfig, rngs: nnx.Rngs) -> None:
-        self.norm = _scale(embed=config.d_model)
-        if not config.tied_head:
-            self.kernel = _weight(rngs, config.init_std, embed=config.d_model, vocab=config.vocab_size)
-
-
 Build = Callable[[nnx.Rngs], nnx.Module]
 
 
 def _modules(architecture: Architecture) -> dict[str, tuple[Build, int]]:
     """Every module of a model by path, with the number of layers it is stacked over (0: not stacked)."""
     config = architecture.config
-    modules: dict[str, tuple[Build, int]] = {
-        "embed": (partial(Embedding, config), 0),
-        "layers": (partial(Layer, config), config.num_layers),
-        "head": (partial(Head, config), 0),
+    parts: dict[str, tuple[Build, int]] = {
+        "embed": (partial(modules.Embedding, config), 0),
+        "layers": (partial(modules.Layer, config), config.num_layers),
+        "head": (partial(modules.Head, config), 0),
     }
     for bank in architecture.banks:
-        modules[f"experts/{bank.name}/ffn"] = (partial(Expert, config, bank), config.num_layers)
+        parts[f"experts/{bank.name}/ffn"] = (partial(modules.Expert, config, bank), config.num_layers)
         if architecture.routed:
-            modules[f"experts/{bank.name}/router"] = (partial(Router, config, bank), config.num_layers)
-    return modules
+            parts[f"experts/{bank.name}/router"] = (partial(modules.Router, config, bank), config.num_layers)
+    return parts
 
 
 def init(architecture: Architecture, seed: int) -> Params:
@@ -176,13 +131,28 @@ def abstract(architecture: Architecture) -> Params:
 
 
 def logical_axes(architecture: Architecture) -> Params:
-    """The parameter tree with a tuple of logical axis names for each leaf."""
+    """The parameter tree with a tuple of logical axis names (keys of `sharding.RULES`) for each leaf."""
     parts = {}
     for path, (build, layers) in _modules(architecture).items():
         state = nnx.state(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))), nnx.Param)
         axes = {"/".join(map(str, key)): leaf.get_metadata("axes") for key, leaf in nnx.to_flat_state(state)}
         parts[path] = {key: (("layer", *names) if layers else names) for key, names in axes.items()}
-    return tree.unflatten(tree.flatten({path: tree.unflatten(part) for path, part in parts.items()}))
+    found = tree.flatten({path: tree.unflatten(part) for path, part in parts.items()})
+    if not architecture.sparse:  # every token needs every expert: none of them lives apart
+        found = {path: tuple("whole" if name == "expert" else name for name in names) for path, names in found.items()}
+    return tree.unflatten(found)
+
+
+def splits(architecture: Architecture) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """What a mesh has to divide: setting to (its value, the mesh axes that split it)."""
+    config, rules = architecture.config, sharding.RULES
+    return {
+        "model.num_heads": (config.num_heads, rules["heads"]),
+        "model.num_kv_heads": (config.num_kv_heads, rules["kv_heads"]),
+        "model.vocab_size": (config.vocab_size, rules["vocab"]),
+        "model.d_model": (config.d_model, rules["column"]),
+        **{f"d_ff of bank '{bank.name}'": (bank.d_ff, rules["mlp"]) for bank in architecture.banks},
+    }
 
 
 def _bank_weights(params: Params, banks: tuple[config_lib.Bank, ...], routed: bool) -> tuple[Any, Any, Any]:
@@ -205,22 +175,27 @@ def attention_block(
     rotary: tuple[Array, Array],
     mask: Bool[Array, "#B 1 T S"],
     cache: tuple[KeyValues, Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], KeyValues]:
     """h + RMS(attention(h)); with a cache (keys and values so far, write position) the new ones are written into it."""
     B, T, _ = h.shape
     w = layer["attention"]
-    q = attention.rms_norm(kernels.project(h, w["q"]), w["q_norm"], config.norm_eps)
-    k = attention.rms_norm(kernels.project(h, w["k"]), w["k_norm"], config.norm_eps)
-    v = kernels.project(h, w["v"]).reshape(B, T, config.num_kv_heads, config.head_dim)
+
+    def project(name: str, axis: str) -> Array:
+        return sharding.constrain(kernels.project(h, w[name]), mesh, "batch", None, axis)
+
+    q = attention.rms_norm(project("q", "heads"), w["q_norm"], config.norm_eps)
+    k = attention.rms_norm(project("k", "kv_heads"), w["k_norm"], config.norm_eps)
+    v = project("v", "kv_heads").reshape(B, T, config.num_kv_heads, config.head_dim)
     q = attention.rotate(q.reshape(B, T, config.num_heads, config.head_dim), *rotary)
     k = attention.rotate(k.reshape(B, T, config.num_kv_heads, config.head_dim), *rotary)
     if cache is not None:
         past, position = cache
         k = jax.lax.dynamic_update_slice_in_dim(past.k, k.astype(past.k.dtype), position, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(past.v, v.astype(past.v.dtype), position, axis=1)
-    out = attention.attend(q, k, v, mask).reshape(B, T, -1)
-    out = attention.rms_norm(kernels.project(out, w["o"]), layer["norms"]["attention"], config.norm_eps)
-    return h + out, KeyValues(k, v)
+    out = sharding.constrain(attention.attend(q, k, v, mask).reshape(B, T, -1), mesh, "batch", None, "heads")
+    out = sharding.constrain(kernels.project(out, w["o"]), mesh, "batch", None, None)
+    return h + attention.rms_norm(out, layer["norms"]["attention"], config.norm_eps), KeyValues(k, v)
 
 
 def expert_block(
@@ -230,20 +205,22 @@ def expert_block(
     architecture: Architecture,
     allowed: Bool[Array, "B E"] | None,
     skip_idle: bool = False,
+    compute: Compute = Compute(),
 ) -> tuple[Float[Array, "B T D"], router.Routing | None]:
     """h + RMS(mixture(h)); router and experts read the un-normalised h."""
-    banks = architecture.banks
+    banks, mesh = architecture.banks, compute.mesh
     ffns, rows, biases = _bank_weights(experts, banks, architecture.routed)
     ffns = jax.tree.map(lambda w: w.astype(h.dtype), ffns)
     if rows is None:
         routing = None
-        y = moe.swiglu(h, ffns[0]["gate"][0], ffns[0]["up"][0], ffns[0]["down"][0])
+        y = moe.swiglu(h, ffns[0]["gate"][0], ffns[0]["up"][0], ffns[0]["down"][0], mesh)
     else:
-        routing = router.route(h, rows, biases, architecture.top_k, allowed)
+        routing = collectives.route(h, rows, biases, architecture.top_k, allowed, mesh)
         if skip_idle:
             y = moe.dense(h, ffns, banks, router.dense_gates(routing), allowed, skip_idle=True)
         else:
-            y = moe.apply(h, ffns, banks, routing, allowed)
+            y = moe.apply(h, ffns, banks, routing, allowed, mesh, compute.dispatch)
+    y = sharding.constrain(y, mesh, "batch", None, None)
     return h + attention.rms_norm(y, layer["norms"]["ffn"], architecture.config.norm_eps), routing
 
 
@@ -252,6 +229,13 @@ REMAT: dict[str, Callable[[Any], Any]] = {
     "dots": lambda function: jax.checkpoint(function, policy=jax.checkpoint_policies.checkpoint_dots),
     "full": lambda function: jax.checkpoint(function),
 }
+
+
+def _remat(function: Any, compute: Compute) -> Any:
+    """What the backward pass computes again; a weight that was gathered is gathered again rather than kept whole."""
+    if compute.remat == "none" and sharding.size(compute.mesh, *sharding.RULES["embed"]) > 1:
+        return jax.checkpoint(function, policy=jax.checkpoint_policies.save_anything_except_these_names(collectives.GATHERED))
+    return REMAT[compute.remat](function)
 
 
 def _unstack(stacked: Params, layers: int) -> list[Params]:
@@ -281,23 +265,29 @@ def forward(
       weights: token weights of the routing statistics; None weighs all alike.
       keep_states: also return the residual states that the routers read, [L, B, T, D].
     """
-    config = architecture.config
+    config, mesh = architecture.config, compute.mesh
     B, T = tokens.shape
-    rotary = attention.rotary(jnp.broadcast_to(jnp.arange(T), (B, T)), config.head_dim, config.rope_theta)
+    positions = sharding.constrain(jnp.broadcast_to(jnp.arange(T), (B, T)), mesh, "batch", None)
+    rotary = attention.rotary(positions, config.head_dim, config.rope_theta)
     mask = attention.causal_mask(T, segments)
     weights = jnp.ones((B, T), jnp.float32) if weights is None else weights
+    axes = {}
+    if sharding.size(mesh, *sharding.RULES["embed"]) > 1:
+        axes = {part: names for part, names in logical_axes(architecture).items() if part in ("layers", "experts")}
 
     def layer_step(h: Array, leaves: Params) -> tuple[Array, tuple[Any, Any]]:
+        if axes:
+            leaves = collectives.gather(leaves, axes, compute.dtype, mesh, apart=architecture.sparse)
         with jax.named_scope("attention"):
-            state, _ = attention_block(h, leaves["layers"], config, rotary, mask)
+            state, _ = attention_block(h, leaves["layers"], config, rotary, mask, mesh=mesh)
         with jax.named_scope("experts"):
-            h, routing = expert_block(state, leaves["layers"], leaves["experts"], architecture, allowed)
+            h, routing = expert_block(state, leaves["layers"], leaves["experts"], architecture, allowed, compute=compute)
         stats = None if routing is None else router.stats(routing, weights)
         return h, (stats, state if keep_states else None)
 
-    step = REMAT[compute.remat](layer_step)
+    step = _remat(layer_step, compute)
     stacked = {"layers": params["layers"], "experts": params["experts"]}
-    h = params["embed"]["embedding"][tokens].astype(compute.dtype)
+    h = collectives.look_up(params["embed"]["embedding"], tokens, compute.dtype, mesh)
     if compute.scan:
         h, (stats, states) = jax.lax.scan(step, h, stacked)
     else:

@@ -5,30 +5,26 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from flexjax import checkpoint as checkpoint_lib
 from flexjax import config as config_lib
-from flexjax import errors, tree, workdir
+from flexjax import distributed, errors, sharding, tree, workdir
 from flexjax.data import pipeline as pipeline_lib
-from flexjax.model import router, transformer
-from flexjax.train import flops, metrics
-from flexjax.train import optimizer as optimizer_lib
-from flexjax.train import step as step_lib
-
-KEPT_IN_FLOAT32 = r".*(norm|norms/.*|router/.*)"
+from flexjax.model import kernels, router, transformer
+from flexjax.train import flops, metrics, program
 
 
 @dataclasses.dataclass
 class Options:
-    """What the command line decides about a resume."""
+    """Where a run goes on, and how: decided by the command line and the machine, never by the run itself."""
 
+    mesh: Mesh = dataclasses.field(default_factory=sharding.one_device)
     fall_back: bool = False  # skip damaged checkpoints
     allow_schedule_change: bool = False
 
@@ -52,39 +48,39 @@ def train(
       config: the resolved job; `config.train` drives the loop, all of it is compared on resume.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/; the caller holds its lock.
       title: for whoever watches.
-      options: of the resume.
+      options: the mesh of all processes' devices, and how to resume.
       origin: digest of the anchor or model that `params` come from; empty for a fresh start.
 
     Returns:
-      The trained leaves (float32, biases effective) and facts for the manifest: tokens, steps, FLOPs.
+      The trained leaves (float32, biases effective), still on the mesh, and facts for the manifest: tokens, steps, FLOPs.
 
     Raises:
       Preempted: SIGTERM came; the state is saved. NumericError: too many steps in a row were skipped.
     """
-    settings = config.train
-    _check(settings, architecture)
-    compute = transformer.Compute(jnp.dtype(settings.compute_dtype), settings.remat, settings.scan_layers)
-    trainable, frozen = tree.partition(params, settings.trainable)
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), router.free(trainable))  # a copy: it is donated
-    frozen = _cast(frozen, jnp.dtype(settings.frozen_dtype))
-    optimizer = optimizer_lib.make(settings, trainable)
-    state = step_lib.init_state(trainable, optimizer)
-    head = "embed/embedding" if architecture.config.tied_head else "head/kernel"
-    step_function = step_lib.make_step(architecture, compute, settings, optimizer, head in tree.flatten(trainable))
-    train_step = jax.jit(step_function, donate_argnums=0)
-
+    settings, mesh = config.train, options.mesh
+    rows = sharding.local_rows(mesh, settings.batch_size)
+    job = program.Program(architecture, settings, mesh, config.mesh, config.data.seq_len, _kernel(architecture, title))
+    clock = metrics.Clock()
+    state, frozen = job.place(params)
     checkpoints = checkpoint_lib.Checkpoints(directory / "checkpoints", settings.keep)
     missing = max(1, settings.keep + 1 - len(checkpoints.steps()))  # one more than are kept, while it is written
     workdir.need_space(directory, checkpoint_lib.size(state) * missing, f"{missing} checkpoints")
     facts = {"config": config_lib.to_dict(config), "data": pipeline.identity() | {"origin": origin}}
-    state = _resume(checkpoints, state, facts, options)
+    with clock.lost("restoring"):
+        state = _resume(checkpoints, state, facts, options)
     start = int(state.step)
-    cost = flops.per_token(architecture, trainable, config.data.seq_len)
+    cost = flops.per_token(architecture, state.trainable, config.data.seq_len)
     tokens_per_step = settings.batch_size * config.data.seq_len
-    log = metrics.Log(directory, title, start, settings.steps, tokens_per_step, cost.total)
-    log.note(f"{title}: trains {tree.count(trainable):,} of {tree.count(params):,} parameters: {tree.summary(trainable)}")
+    log: metrics.Log | metrics.Silent = metrics.Silent()
+    if distributed.is_main():
+        log = metrics.Log(directory, title, start, settings.steps, tokens_per_step, cost.total, mesh.size)
+    trained, whole = tree.count(state.trainable), tree.count(state.trainable) + tree.count(frozen)
+    log.note(f"{title}: trains {trained:,} of {whole:,} parameters: {tree.summary(state.trainable)}")
     if start:
         log.note(f"{title}: resumed at step {start} of {settings.steps}")
+    with clock.lost("compiling"):
+        train_step = job.compile()
+    log.note(f"{title}: {sharding.describe(mesh)}, compiled in {clock.seconds['compiling']:.1f} s")
 
     def record(step: int, values: dict[str, Any]) -> None:
         """Reads the metrics of a finished step; called after the next one was dispatched."""
@@ -97,72 +93,55 @@ def train(
                 "lower train.learning_rate or look at the data, then start again from the last checkpoint"
             )
         if step % settings.log_every == 0 or step in (1, settings.steps) or bool(values["skipped"]):
-            log.write(step, values, architecture.experts)
+            log.write(step, values | {"goodput": clock.goodput()}, architecture.experts)
 
     previous: tuple[int, dict[str, Any]] | None = None
-    batches = pipeline.iterate(start)
+    batches = pipeline.iterate(start, rows)
     try:
-        with _stop_signal() as stop:
+        with _stop_signal() as stop, _profile(settings, directory) as profile:
             for step in range(start + 1, settings.steps + 1):
-                batch = next(batches)
+                with clock.lost("waiting for data"):
+                    batch = job.put_batch(next(batches), rows)
+                profile(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, values = train_step(state, frozen, _model_inputs(batch))
+                    state, values = train_step(state, frozen, batch)
                 if previous is not None:
                     record(*previous)
                 previous = (step, values)
-                if stop.requested or step % settings.save_every == 0 or step == settings.steps:
+                stopping = distributed.stop_requested(stop.requested)
+                if stopping or step % settings.save_every == 0 or step == settings.steps:
                     record(step, values)  # no kill after the commit loses the row; saving waits for the step anyway
                     previous = None
-                    checkpoints.save(step, state, facts)
-                if stop.requested:
+                    with clock.lost("saving"):
+                        checkpoints.save(step, state, facts)
+                if stopping:
                     break
             if previous is not None:
                 record(*previous)
-            checkpoints.wait()
-            if stop.requested and int(state.step) < settings.steps:
+            with clock.lost("saving"):
+                checkpoints.wait()
+            if int(state.step) < settings.steps:
                 raise errors.Preempted(
                     f"{directory}: asked to stop, saved step {int(state.step)}; start the same command again"
                 )
+        log.note(f"{title}: {clock}")
     finally:
         batches.close()
         log.close()
         checkpoints.close()
-    trained = router.constrain(state.trainable)
     steps = int(state.step)
     tokens = steps * tokens_per_step
-    return jax.tree.map(np.asarray, trained), {"steps": steps, "tokens": tokens, "flops": cost.total * tokens}
+    return router.constrain(state.trainable), {"steps": steps, "tokens": tokens, "flops": cost.total * tokens}
 
 
-def _check(settings: config_lib.TrainConfig, architecture: transformer.Architecture) -> None:
-    transformer.check(architecture)
-    for name in ("steps", "batch_size", "accumulation", "save_every", "keep", "log_every", "max_bad_steps"):
-        if getattr(settings, name) < 1:
-            raise errors.ConfigError(f"train.{name} is {getattr(settings, name)}, expected at least 1")
-    if settings.batch_size % settings.accumulation:
-        raise errors.ConfigError(
-            f"train.accumulation={settings.accumulation} must divide train.batch_size={settings.batch_size}"
-        )
-    for name in ("b1", "b2"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise errors.ConfigError(f"train.{name} is {getattr(settings, name)}, expected a value from 0 to below 1")
-    if settings.clip_norm <= 0 or settings.spike_factor <= 1:
-        raise errors.ConfigError(
-            f"train.clip_norm={settings.clip_norm} must be above 0 and train.spike_factor={settings.spike_factor} above 1"
-        )
-    for name in ("compute_dtype", "frozen_dtype"):
-        if getattr(settings, name) not in ("float32", "bfloat16"):
-            raise errors.ConfigError(f"train.{name} is '{getattr(settings, name)}', expected 'float32' or 'bfloat16'")
-    if settings.remat not in transformer.REMAT:
-        raise errors.ConfigError(f"train.remat is '{settings.remat}', expected one of {', '.join(transformer.REMAT)}")
-
-
-def _cast(frozen: tree.Tree, dtype: Any) -> tree.Tree:
-    small = tree.matches(frozen, KEPT_IN_FLOAT32)
-    return jax.tree.map(lambda leaf, keep: jnp.asarray(leaf, jnp.float32 if keep else dtype), frozen, small)
-
-
-def _model_inputs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: batch[name] for name in ("tokens", "targets", "weights", "segments")}
+def _kernel(architecture: transformer.Architecture, title: str) -> str:
+    """The grouped matmul that all processes use: the first that passes its test on process 0."""
+    if not architecture.sparse:
+        return "auto"
+    verdict = kernels.self_test() if distributed.is_main() else None
+    name, text = distributed.exchange("kernel", None if verdict is None else [verdict.kernel, verdict.text])[0]
+    distributed.say(f"{title}: {text}")
+    return name
 
 
 def _resume(checkpoints: checkpoint_lib.Checkpoints, state: Any, facts: dict[str, Any], options: Options) -> Any:
@@ -210,3 +189,21 @@ def _stop_signal() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _profile(settings: config_lib.TrainConfig, directory: epath.Path) -> Iterator[Callable[[int], None]]:
+    """Traces `train.profile_steps` steps from `train.profile_at` on into `directory/profile`; process 0 alone."""
+    first, last = settings.profile_at, settings.profile_at + settings.profile_steps
+    running = False
+
+    def at(step: int) -> None:
+        nonlocal running
+        if first and distributed.is_main() and running != (first <= step < last):
+            running = not running
+            jax.profiler.start_trace(os.fspath(directory / "profile")) if running else jax.profiler.stop_trace()
+
+    try:
+        yield at
+    finally:
+        at(last)

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,24 +17,13 @@ from etils import epath
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from flexjax import errors
-
-PEAK_FLOPS = {  # dense bf16 FLOP/s of one device, from the makers' data sheets
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
+from flexjax import distributed, errors, hardware
 
 
 def peak_flops() -> float:
-    """FLOP/s that the device of this run could do: from a table, or measured on CPU by one float32 matrix product."""
-    device = jax.devices()[0]
-    for kind, peak in PEAK_FLOPS.items():
-        if device.device_kind.startswith(kind):
-            return peak
+    """FLOP/s that a device of this run could do in bfloat16: published, or measured on CPU by one float32 product."""
+    if known := hardware.of_device(jax.devices()[0].device_kind):
+        return known.flops["bfloat16"]
     x = jnp.ones((1024, 1024), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
@@ -43,6 +33,32 @@ def peak_flops() -> float:
         product(x).block_until_ready()
         times.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(times)
+
+
+class Clock:
+    """How long a run took, and how much of it brought no step forward."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def lost(self, cause: str) -> Iterator[None]:
+        """Books the time of a block to a cause."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[cause] = self.seconds.get(cause, 0.0) + time.monotonic() - start
+
+    def goodput(self) -> float:
+        """The productive share of the wall time so far."""
+        elapsed = time.monotonic() - self._start
+        return 1 - min(1.0, sum(self.seconds.values()) / elapsed) if elapsed else 1.0
+
+    def __str__(self) -> str:
+        lost = ", ".join(f"{cause} {seconds:.1f} s" for cause, seconds in self.seconds.items())
+        return f"goodput {self.goodput():.0%} of {time.monotonic() - self._start:.0f} s; the rest: {lost}"
 
 
 class Log:
@@ -55,15 +71,23 @@ class Log:
       steps: steps in all.
       tokens_per_step: target tokens of a full batch.
       flops_per_token: analytic, see `flops`.
+      devices: that share the work.
     """
 
     def __init__(
-        self, directory: epath.Path, title: str, start: int, steps: int, tokens_per_step: int, flops_per_token: float
+        self,
+        directory: epath.Path,
+        title: str,
+        start: int,
+        steps: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        devices: int,
     ) -> None:
         self.path = directory / "metrics.jsonl"
         self.title, self.steps = title, steps
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self.peak = peak_flops()
+        self.peak = peak_flops() * (devices if jax.default_backend() != "cpu" else 1)  # devices of one CPU share its cores
         kept = [row for row in read(self.path) if row["step"] <= start]
         partial = directory / ".metrics.jsonl.partial"
         try:
@@ -119,6 +143,20 @@ class Log:
             self._spoken = now
             pace = f"  {speed:,.0f} tokens/s  MFU {row['mfu']:.0%}  ETA {row['eta_seconds']:.0f} s" if speed else ""
             print(f"{self.title}  step {row['step']}/{self.steps}  loss {row['loss']:.4f}{pace}", file=sys.stderr, flush=True)
+
+
+class Silent:
+    """The log of a process that leaves the files to process 0."""
+
+    def write(self, step: int, metrics: dict[str, Any], experts: tuple[str, ...]) -> None:
+        """Nothing: the metrics are the same in all processes."""
+
+    def note(self, text: str) -> None:
+        """Says something if all processes were asked to."""
+        distributed.say(text)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class _Board:

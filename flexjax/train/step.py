@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flexjax import config as config_lib
-from flexjax import tree
+from flexjax import sharding, tree
 from flexjax.model import losses, router, transformer
 from flexjax.train import optimizer as optimizer_lib
 
@@ -63,6 +64,7 @@ def sequence_losses(
             batch["targets"],
             z_weight=config.z_loss,
             head_trainable=head_trainable,
+            mesh=compute.mesh,
         )
     loss = losses.sequence_mean(total, batch["weights"])
     parts = {
@@ -110,6 +112,59 @@ def biases(params: tree.Tree, architecture: transformer.Architecture) -> Float[A
     return jnp.concatenate(laid, axis=1)[:, jnp.array(router.positions(architecture.banks))]
 
 
+def _deal(rows: Array, parts: int, mesh: Mesh | None) -> Array:
+    """[B, T] as [parts, B / parts, T]: micro-batch i holds rows i, i + parts, ..., so that no row leaves its device."""
+    dealt = jnp.swapaxes(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 0, 1)
+    return sharding.constrain(dealt, mesh, None, "batch", None)
+
+
+def make_gradient(
+    architecture: transformer.Architecture,
+    compute: transformer.Compute,
+    config: config_lib.TrainConfig,
+    head_trainable: bool,
+) -> Callable[[tree.Tree, tree.Tree, Batch], tuple[tree.Tree, dict[str, Any]]]:
+    """Returns `gradient(trainable, frozen, batch) -> (gradients, metrics)`, over micro-batches if the config says so."""
+    mesh, axes = compute.mesh, transformer.logical_axes(architecture)
+
+    def as_stored(gradients: tree.Tree) -> tree.Tree:
+        """Each device keeps the part of the sum over all devices that belongs to its part of the state."""
+        if mesh is None or sharding.trivial(mesh):
+            return gradients
+        return jax.lax.with_sharding_constraint(gradients, sharding.of_state(gradients, axes, mesh))
+
+    def gradient(trainable: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[tree.Tree, dict[str, Any]]:
+        def loss(trainable: tree.Tree) -> tuple[Array, dict[str, Any]]:
+            params = router.constrain(tree.combine(trainable, frozen))
+            return batch_loss(params, batch, architecture, compute, config, head_trainable)
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(trainable)
+        return as_stored(gradients), metrics
+
+    def as_computed(path: str, leaf: Array) -> Array:
+        """A layer's matrix in the dtype in which it is used: its gradient has no more digits, and half the bytes."""
+        names = tree.flatten(axes).get(path, ())
+        return leaf.astype(compute.dtype) if "layer" in names and "embed" in names else leaf
+
+    def accumulated(trainable: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[tree.Tree, dict[str, Any]]:
+        parts = config.accumulation
+        copies = tree.map_with_path(as_computed, trainable)
+        micro = {name: _deal(rows, parts, mesh) for name, rows in batch.items()}
+        tokens = micro["weights"].sum(axis=(1, 2))
+        share = tokens / jnp.maximum(tokens.sum(), 1)
+
+        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            new = gradient(copies, frozen, part[0])
+            return jax.tree.map(lambda sum_, value: sum_ + part[1] * value.astype(sum_.dtype), total, new), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(gradient, trainable, frozen, first)
+        gradients, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, (as_stored(gradients), metrics), (micro, share))[0]
+
+    return gradient if config.accumulation == 1 else accumulated
+
+
 def make_step(
     architecture: transformer.Architecture,
     compute: transformer.Compute,
@@ -118,31 +173,10 @@ def make_step(
     head_trainable: bool,
 ) -> Callable[[TrainState, tree.Tree, Batch], tuple[TrainState, dict[str, Any]]]:
     """Returns `step(state, frozen, batch) -> (state, metrics)`, to be compiled by the caller."""
-
-    def gradient(trainable: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[tree.Tree, dict[str, Any]]:
-        def loss(trainable: tree.Tree) -> tuple[Array, dict[str, Any]]:
-            params = router.constrain(tree.combine(trainable, frozen))
-            return batch_loss(params, batch, architecture, compute, config, head_trainable)
-
-        return jax.grad(loss, has_aux=True)(trainable)
-
-    def accumulated(trainable: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[tree.Tree, dict[str, Any]]:
-        parts = config.accumulation
-        micro = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
-        tokens = micro["weights"].sum(axis=(1, 2))
-        share = tokens / jnp.maximum(tokens.sum(), 1)
-
-        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            new = gradient(trainable, frozen, part[0])
-            return jax.tree.map(lambda sum_, value: sum_ + part[1] * value, total, new), None
-
-        first = jax.tree.map(lambda x: x[0], micro)
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, frozen, first))
-        return jax.lax.scan(add, zero, (micro, share))[0]
+    gradient = make_gradient(architecture, compute, config, head_trainable)
 
     def step(state: TrainState, frozen: tree.Tree, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        compute_gradient = gradient if config.accumulation == 1 else accumulated
-        grads, metrics = compute_gradient(state.trainable, frozen, batch)
+        grads, metrics = gradient(state.trainable, frozen, batch)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
             rate = optimizer_lib.learning_rate(config, state.updates)

@@ -42,6 +42,12 @@ def commands(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs that several processes share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
     for domain, words in WORDS.items():

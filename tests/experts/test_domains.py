@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flexjax import errors
+from flexjax import errors, sharding
 from flexjax.experts import domains
 from tests.train import tiny
 
@@ -141,7 +141,7 @@ def test_known_methods_pass_and_others_are_refused(method):
 def kept():
     source = tiny.Letters(documents=40, length=24)
     arguments = (tiny.ARCHITECTURES["dense"], tiny.params_of("dense"), source, np.arange(0, 40, 2))
-    return lambda count, seed: domains.states(*arguments, tiny.SEQ_LEN, count, seed)
+    return lambda count, seed: domains.states(*arguments, tiny.SEQ_LEN, count, seed, sharding.one_device())
 
 
 def test_states_are_as_many_as_asked_for_and_repeat_by_seed(kept):

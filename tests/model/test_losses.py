@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexjax import config, sharding
 from flexjax.model import losses, router
 
 B, T, D, V = 2, 12, 5, 17
@@ -27,6 +28,7 @@ def plain(hidden, kernel, targets, z_weight):
 @pytest.mark.parametrize("chunk_logits", [2**22, 4 * B * V], ids=["whole", "chunks"])
 def test_loss_and_gradient_equal_autodiff(head_trainable, chunk_logits, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 1)
     hidden, kernel, targets = example()
     weights = jnp.linspace(0, 1, B * T).reshape(B, T)
 
@@ -45,10 +47,20 @@ def test_loss_and_gradient_equal_autodiff(head_trainable, chunk_logits, monkeypa
 
 def test_chunks_divide_the_window_and_bound_the_logits(monkeypatch):
     hidden, kernel, _ = example()
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 1)
     for limit in (1, 3 * B * V, 5 * B * V, 2**22):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", limit)
-        count = losses._chunk_count(hidden, kernel)
+        count = losses._chunk_count(hidden, kernel, None)
         assert T % count == 0 and (B * (T // count) * V <= limit or count == T)
+
+
+def test_a_chunk_is_what_one_device_holds_and_no_fewer_rows_than_pay():
+    hidden, kernel = jax.ShapeDtypeStruct((1024, 4096, 64), jnp.float32), jax.ShapeDtypeStruct((64, 100_352), jnp.float32)
+    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
+    rows = 1024 * 4096 // 4
+    assert losses._chunk_count(hidden, kernel, mesh) == min(rows // losses.CHUNK_ROWS, 4096) == 1024
+    small = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    assert losses._chunk_count(hidden, small, mesh) == rows * 64 // losses.CHUNK_LOGITS == 16
 
 
 def test_bfloat16_hidden_states():

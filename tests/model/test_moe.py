@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flexjax import config as config_lib
-from flexjax.model import kernels, moe, router
+from flexjax import sharding
+from flexjax.model import dispatch, moe, router
 from tests.model import oracle
 
 D = 6
@@ -57,7 +58,7 @@ def layer(arrays, allowed, path, banks, top_k):
     ]
     routing = router.route(arrays["h"], arrays["rows"], arrays["bias"], top_k, allowed)
     if path == "dropless":
-        return moe.dropless(arrays["h"], ffns, banks, routing)
+        return dispatch.dropless(arrays["h"], ffns, banks, routing)
     return moe.dense(arrays["h"], ffns, banks, router.dense_gates(routing), allowed, skip_idle=path == "skip_idle")
 
 
@@ -183,66 +184,37 @@ def test_a_broken_router_row_is_seen_and_not_hidden(path):
 
 def test_apply_chooses_dense_when_all_are_active_and_dropless_else(monkeypatch):
     chosen = []
-    monkeypatch.setattr(moe, "dense", lambda *_: chosen.append("dense"))
-    monkeypatch.setattr(moe, "dropless", lambda *_: chosen.append("dropless"))
-    for top_k in (1, 3, 4, 9):
-        routing = router.route(jnp.ones((1, 2, D)), jnp.ones((4, D)), jnp.zeros(4), top_k, None)
-        moe.apply(jnp.ones((1, 2, D)), [], (), routing, None)
-    assert chosen == ["dropless", "dropless", "dense", "dense"]
+    monkeypatch.setattr(moe, "dense", lambda *_, **__: chosen.append("dense"))
+    monkeypatch.setattr(dispatch, "dropless", lambda *_: chosen.append("dropless"))
+    monkeypatch.setattr(dispatch, "sharded", lambda *_: chosen.append("sharded"))
+    meshes = {"none": None, "one": sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])}
+    meshes["eight"] = sharding.make_mesh(config_lib.MeshConfig())
+    for mesh in meshes.values():
+        for top_k in (1, 3, 4, 9):
+            routing = router.route(jnp.ones((1, 2, D)), jnp.ones((4, D)), jnp.zeros(4), top_k, None)
+            moe.apply(jnp.ones((1, 2, D)), [], (), routing, None, mesh)
+    assert chosen == [*["dropless", "dropless", "dense", "dense"] * 2, "sharded", "sharded", "dense", "dense"]
+    assert [moe.is_sparse(2, 1), moe.is_sparse(3, 2), moe.is_sparse(3, 3)] == [False, True, False]
 
 
-ROWS, GROUPS = 300, 4
-SIZES = [(0, 0, 0, 0), (300, 0, 0, 0), (0, 0, 300, 0), (1, 127, 128, 44), (129, 0, 1, 100), (0, 150, 0, 149)]
+def test_the_dense_path_splits_hidden_units_and_changes_nothing_else():
+    mesh = sharding.make_mesh(config_lib.MeshConfig(data=2, tensor=4))
+    arrays = {key: jnp.asarray(value, jnp.float32) for key, value in draw(ONE_BANK, 2, 4, 6).items()}
+    banks = (config_lib.Bank("all", NAMES[:2], 8),)
+    random = np.random.default_rng(0)
+    ffn = {part: random.normal(size=(2, 8, D) if part == "down" else (2, D, 8)) for part in ("gate", "up", "down")}
+    ffn = {part: jnp.asarray(w, jnp.float32) for part, w in ffn.items()}
 
+    def run(h, ffn, mesh):
+        return moe.apply(h, [ffn], banks, router.route(h, arrays["rows"], arrays["bias"], 2, None), None, mesh)
 
-def grouped_by_loop(x, w, starts, sizes):
-    out = np.zeros((x.shape[0], w.shape[2]))
-    for g, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        out[start : start + size] = x[start : start + size] @ w[g]
-    return out
-
-
-def matmul_and_gradients(function):
-    def run(x, w, starts, sizes, dy):
-        y, gradient = jax.vjp(lambda x, w: function(x, w, starts, sizes), x, w)
-        return y, *gradient(dy)
-
-    return jax.jit(run)
-
-
-IMPLEMENTATIONS = {"blocks": matmul_and_gradients(kernels.grouped_matmul), "ragged": matmul_and_gradients(kernels._ragged)}
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_grouped_matmul(implementation, sizes):
-    """Empty groups get a gradient of exactly 0, rows outside all groups give exactly 0, whatever they hold."""
-    random = np.random.default_rng(4)
-    x, w, dy = (random.normal(size=shape) for shape in ((ROWS, 3), (GROUPS, 3, 5), (ROWS, 5)))
-    first = (ROWS - sum(sizes)) // 2
-    starts = first + np.cumsum(sizes) - np.array(sizes)
-    inside = np.zeros(ROWS, bool)
-    inside[first : first + sum(sizes)] = True
-    expected_dx = grouped_by_loop(dy, w.transpose(0, 2, 1), starts, sizes)
-    expected_dw = np.stack([x[s : s + n].T @ dy[s : s + n] for s, n in zip(starts, sizes, strict=True)])
-    expected_y = grouped_by_loop(x, w, starts, sizes)
-    x[~inside], dy[~inside] = np.nan, 7
-    w[[size == 0 for size in sizes]] = np.nan
-    f32 = [jnp.asarray(array, jnp.float32) for array in (x, w, dy)]
-    y, dx, dw = IMPLEMENTATIONS[implementation](*f32[:2], jnp.array(starts, jnp.int32), jnp.array(sizes, jnp.int32), f32[2])
-    close(y, expected_y)
-    close(dx, expected_dx)
-    close(dw, expected_dw, 1e-4)
-    assert not np.asarray(y)[~inside].any() and not np.asarray(dx)[~inside].any()
-    assert not np.asarray(dw)[[size == 0 for size in sizes]].any()
-
-
-def test_grouped_matmul_in_bfloat16():
-    random = np.random.default_rng(5)
-    x, w = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in ((ROWS, 3), (GROUPS, 3, 5)))
-    sizes = np.array([10, 140, 0, 150])
-    starts = np.cumsum(sizes) - sizes
-    y, dx, dw = IMPLEMENTATIONS["blocks"](x, w, jnp.array(starts), jnp.array(sizes), jnp.ones((ROWS, 5), jnp.bfloat16))
-    assert {a.dtype for a in (y, dx, dw)} == {jnp.dtype(jnp.bfloat16)}
-    f64 = [np.asarray(array, np.float64) for array in (x, w)]
-    close(np.asarray(y, np.float64), grouped_by_loop(*f64, starts, sizes), 2e-2)
+    placed = {
+        part: jax.device_put(w, sharding.sharding(mesh, dispatch.LOGICAL[part], sharding.IN_USE)) for part, w in ffn.items()
+    }
+    compiled = jax.jit(run, static_argnums=2).lower(
+        sharding.put(arrays["h"], sharding.sharding(mesh, ("batch",))), placed, mesh
+    )
+    compiled = compiled.compile()
+    y = compiled(sharding.put(arrays["h"], sharding.sharding(mesh, ("batch",))), placed)
+    close(y, run(arrays["h"], ffn, None), 1e-6)
+    assert "f32[12,2]" in compiled.as_text() and "f32[12,8]" not in compiled.as_text()  # 12 tokens, 8 / 4 hidden units a device

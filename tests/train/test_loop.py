@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flexjax import checkpoint, config, errors, tree, workdir
-from flexjax.train import loop, metrics
+from flexjax import checkpoint, config, errors, sharding, tree, workdir
+from flexjax.train import loop, metrics, program
 from tests.train import tiny
 
 SETTINGS = {"steps": 24, "save_every": 5, "keep": 10, "log_every": 1}
-SPEED = ("tokens_per_second", "mfu", "eta_seconds")
+SPEED = ("tokens_per_second", "mfu", "eta_seconds", "goodput")
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
@@ -51,7 +51,7 @@ def test_a_run_returns_exactly_the_expert_with_effective_biases_and_its_facts(re
     paths = set(tree.flatten(trained))
     assert paths == {path for path in tree.flatten(tiny.params_of("pair")) if path.startswith("experts/math/")}
     assert (trained["experts"]["math"]["router"]["bias"] < 0).all()
-    assert all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in tree.flatten(trained).values())
+    assert all(leaf.dtype == np.float32 for leaf in tree.flatten(trained).values())
     assert facts["steps"] == 24 and facts["tokens"] == 24 * 4 * 16 and facts["flops"] > 0
     assert [row["step"] for row in rows(directory)] == list(range(1, 25))
     assert checkpoint.Checkpoints(directory / "checkpoints", 10).steps() == [5, 10, 15, 20, 24]
@@ -313,7 +313,10 @@ def test_impossible_settings_are_refused_before_anything_is_written(change, mess
 
 
 def test_frozen_leaves_are_cast_once_but_norms_and_routers_stay_exact():
-    frozen = loop._cast(tiny.params_of("pair"), np.dtype("bfloat16"))
+    settings = tiny.settings("pair", frozen_dtype="bfloat16")
+    mesh = sharding.one_device()
+    job = program.Program(tiny.ARCHITECTURES["pair"], settings, mesh, config.MeshConfig(), tiny.SEQ_LEN)
+    frozen = job.place(tiny.params_of("pair"))[1]
     kept = {path for path, leaf in tree.flatten(frozen).items() if leaf.dtype == np.float32}
-    assert {path.rsplit("/", 1)[1] for path in kept} == {"q_norm", "k_norm", "attention", "ffn", "norm", "row", "bias"}
+    assert {path.rsplit("/", 1)[1] for path in kept} == {"q_norm", "k_norm", "attention", "ffn", "norm", "row"}
     assert dataclasses.asdict(config.TrainConfig())["frozen_dtype"] == "float32"

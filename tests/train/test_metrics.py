@@ -28,7 +28,7 @@ def values(step):
 
 
 def log(directory, start=0, steps=20):
-    return metrics.Log(epath.Path(directory), "test", start, steps, tokens_per_step=64, flops_per_token=1000.0)
+    return metrics.Log(epath.Path(directory), "test", start, steps, tokens_per_step=64, flops_per_token=1000.0, devices=1)
 
 
 def points(directory):

@@ -142,8 +142,8 @@ class Tampered:
     def identity(self):
         return self._pipe.identity()
 
-    def iterate(self, start):
-        for step, found in enumerate(self._pipe.iterate(start), start + 1):
+    def iterate(self, start, rows=None):
+        for step, found in enumerate(self._pipe.iterate(start, rows), start + 1):
             yield self._actions[step](found) if step in self._actions else found
 
 

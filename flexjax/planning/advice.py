@@ -1,0 +1,83 @@
+"""What to change when a step does not fit: every change that is open, by what it saves."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from flexjax import config as config_lib
+from flexjax import errors
+from flexjax.model import transformer
+from flexjax.planning import analytic, topology
+from flexjax.train import program
+
+Build = Callable[[config_lib.Config, transformer.Architecture, topology.Topology], program.Program]
+COUNT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change and the bytes that it saves on each device, by the formulas."""
+
+    text: str
+    saves: int
+
+
+def best(
+    config: config_lib.Config, architecture: transformer.Architecture, machine: topology.Topology, build: Build
+) -> list[Change]:
+    """The three changes that save most, largest first; those that save nothing are left out."""
+    before = analytic.estimate(build(config, architecture, machine), machine.chip, why="").peak
+    found = []
+    for text, changed, where in _changes(config, machine):
+        try:
+            after = analytic.estimate(build(changed, architecture, where), machine.chip, why="").peak
+        except errors.ConfigError:
+            continue  # this mesh does not divide this model
+        if after < before:
+            found.append(Change(text, before - after))
+    return sorted(found, key=lambda change: -change.saves)[:COUNT]
+
+
+def _changes(
+    config: config_lib.Config, machine: topology.Topology
+) -> Iterator[tuple[str, config_lib.Config, topology.Topology]]:
+    mesh, train, count = config.mesh, config.train, len(machine.devices)
+    data = mesh.data or max(1, count // (mesh.fsdp * mesh.tensor * mesh.expert))
+    rows = train.batch_size // (data * mesh.fsdp * mesh.expert)  # of a device in a step
+
+    def copied() -> config_lib.Config:
+        return copy.deepcopy(config)
+
+    if train.accumulation < rows:
+        changed = copied()
+        changed.train.accumulation = rows
+        yield f"train.accumulation={rows}: one sequence at a time on each device", changed, machine
+    if data > 1:
+        changed = copied()
+        changed.mesh.data, changed.mesh.fsdp = 1, mesh.fsdp * data
+        yield f"mesh.data=1 mesh.fsdp={mesh.fsdp * data}: every device holds its part of the weights only", changed, machine
+    for tensor in (2, 4):
+        if mesh.fsdp % tensor == 0:
+            changed = copied()
+            split, again = config_lib.MeshConfig(**vars(mesh)), train.accumulation * tensor
+            split.tensor, split.fsdp = mesh.tensor * tensor, mesh.fsdp // tensor
+            changed.mesh, changed.train.accumulation = split, again
+            said = f"mesh.fsdp={split.fsdp} mesh.tensor={split.tensor} train.accumulation={again}"
+            yield f"{said}: {tensor} devices share a sequence", changed, machine
+    for field, value, why in (
+        ("remat", "full", "one residual a layer is kept for the backward pass"),
+        ("frozen_dtype", "bfloat16", "frozen weights take half"),
+        ("compute_dtype", "bfloat16", "activations take half"),
+    ):
+        if getattr(train, field) != value:
+            changed = copied()
+            setattr(changed.train, field, value)
+            yield f"train.{field}={value}: {why}", changed, machine
+    if mesh.frozen != "sharded":
+        changed = copied()
+        changed.mesh.frozen = "sharded"
+        yield "mesh.frozen=sharded: frozen weights are split like the others", changed, machine
+    changed = copied()
+    changed.mesh.data, changed.mesh.fsdp = data, 2 * mesh.fsdp
+    devices = [topology.OnPaper(i) for i in range(2 * count)]
+    yield f"twice the devices, mesh.fsdp={2 * mesh.fsdp}", changed, dataclasses.replace(machine, devices=devices)
