@@ -91,8 +91,9 @@ class Peers:
         if len(self._born) < count:
             self._stop("a process was gone before all had begun")
         self.hosts = [host for _, host in sorted(self._said("flexjax/host/").items(), key=lambda item: int(item[0]))]
-        for task in (self._watch_alive, self._watch_board):
-            threading.Thread(target=task, name=task.__name__, daemon=True).start()
+        self._threads = [threading.Thread(target=task, daemon=True) for task in (self._watch_alive, self._watch_board)]
+        for thread in self._threads:
+            thread.start()
 
     def who(self, number: int) -> str:
         """A process, for whoever reads a message."""
@@ -148,9 +149,13 @@ class Peers:
         if self.index == 0:
             self._alone.wait(LEAVE_SECONDS)
         self._over.set()
+        self._news.set()
         jax.distributed.shutdown()
         on_abort(None)
-        atexit.register(_leave_quietly, code)  # a thread that is inside C++ does not survive the end of the interpreter
+        for thread in self._threads:  # one that is inside C++ while the interpreter ends would crash the process
+            thread.join(WATCH_SECONDS)
+        if any(thread.is_alive() for thread in self._threads):
+            atexit.register(_leave_quietly, code)
 
     def _announce(self, code: int) -> None:
         self._call_store(self._client.key_value_set, f"{BOARD}end/{self.index}", str(code), True)

@@ -40,6 +40,7 @@ def base(variant: str) -> config_lib.Config:
         config.data.attend_across_documents = True
         config.anchor.statistics_tokens = 8192
         config.evaluation.batch_size = 8
+        config.mesh = config_lib.MeshConfig(data=1, fsdp=0)  # as many parts as there are devices, 8 at least
     config.anchor.train = public_training(variant)
     return config
 
@@ -103,6 +104,7 @@ def _large(
         trainable=trainable,
         steps=steps,
         batch_size=1024,
+        accumulation=4,  # one sequence at a time on each of 256 devices
         learning_rate=learning_rate,
         warmup_steps=min(2000, steps // 6),
         weight_decay=weight_decay,

@@ -262,6 +262,7 @@ def test_a_clean_end_is_no_death(run, later):
     job = run("late", [str(later)] * 2)
     assert job.wait(limit=HANG) == [0, 0]
     assert job.lines(0) == job.lines(1) == []
+    assert job.complained(1) == "" and "Check failure" not in job.complained(0)
 
 
 @pytest.mark.reliability
@@ -276,16 +277,31 @@ def test_asked_to_stop_while_it_waits_for_the_end_of_others(run, asked):
     assert len(job.lines(1 - asked)) == 1
 
 
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """Jobs that take half a minute each, all at once."""
+    folder = tmp_path_factory.mktemp("patient")
+    jobs = {
+        "locked": Job(folder, "thread_locked", [str(peers.HEARTBEAT_SECONDS + 8)] * 2),
+        "abort": Job(folder, "abort", ["", ""]),
+        "broken": Job(folder, "broken", ["", ""]),
+        "alone": Job(folder, "python_of", ["", ""], count=3),
+    }
+    yield jobs
+    for job in jobs.values():
+        job.end()
+
+
 @pytest.mark.reliability
-def test_a_process_that_lives_is_not_given_up(run):
+def test_a_process_that_lives_is_not_given_up(patient):
     """A call that holds Python's lock for long: the heartbeats go on."""
-    job = run("thread_locked", [str(peers.HEARTBEAT_SECONDS + 8)] * 2)
+    job = patient["locked"]
     assert job.wait() == [0, 0], [job.complained(0), job.complained(1)]
 
 
 @pytest.mark.reliability
-def test_an_abort_of_its_own_stays_one(run):
-    job = run("abort", ["", ""])
+def test_an_abort_of_its_own_stays_one(patient):
+    job = patient["abort"]
     assert job.wait(limit=HANG) == [75, -signal.SIGABRT]
     assert not job.lines(1)
 
@@ -303,8 +319,8 @@ def test_a_process_does_not_join_a_job_that_has_begun(run, first_killed):
 
 
 @pytest.mark.reliability
-def test_a_connection_that_broke_though_all_live(run):
-    job = run("broken", ["", ""])
+def test_a_connection_that_broke_though_all_live(patient):
+    job = patient["broken"]
     assert job.wait(limit=HANG + 10) == [75, 75]
     lines = job.lines(0) + job.lines(1)
     assert len(lines) == 2 and any("broke (UNKNOWN: Gloo" in line for line in lines)
@@ -318,7 +334,7 @@ def test_a_barrier_to_which_somebody_does_not_come(run):
 
 
 @pytest.mark.reliability
-def test_processes_that_never_come(run):
-    job = run("python_of", ["", ""], count=3)
+def test_processes_that_never_come(patient):
+    job = patient["alone"]
     assert job.wait() == [2, 2]
     assert all("error: 3 processes at 127.0.0.1" in job.lines(index)[0] for index in (0, 1))

@@ -75,9 +75,8 @@ def dropless(
     def multiply(x: Array, starts: Array, sizes: Array) -> Array:
         return _experts(x, ffns, starts, sizes, kernel)
 
-    return (
-        _mixture(h.reshape(-1, h.shape[-1]), routing.gates.reshape(-1, k), planned, multiply).reshape(h.shape).astype(h.dtype)
-    )
+    out = _mixture(h.reshape(-1, h.shape[-1]), routing.gates.reshape(-1, k), planned, multiply)
+    return out.reshape(h.shape).astype(h.dtype)
 
 
 def sharded(

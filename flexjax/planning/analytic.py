@@ -49,7 +49,9 @@ class Step:
         self.head_trained = self.head * (head in trained)
         self.state = sum(_scalars(leaf) for leaf in trained.values())
         experts = [bank.d_ff for bank in architecture.banks for _ in bank.experts]
-        self.hidden = sum(experts) * (architecture.top_k / len(experts) if architecture.sparse else 1)
+        room = facts.room(job, accumulation)
+        self.rows = 0.0 if room is None else float(room.rows)  # kept free for tokens that choose this device's experts
+        self.hidden = max(experts) * self.rows / self.tokens if room else float(sum(experts))  # of a token
         self.cost = flops.per_token(architecture, job.state.trainable, self.length)
 
     def _in_use(self, path: str, leaf: jax.ShapeDtypeStruct) -> float:
@@ -95,6 +97,7 @@ def temporaries(step: Step) -> float:
     residual = t * config.d_model * c
     hidden = t * step.hidden / step.tensor * c
     inner = 6 * t * heads / step.tensor * c + 3 * hidden  # q, k, v and their like; gate, up and their product
+    inner += 4 * step.rows * config.d_model * c  # sent, received, computed and sent back
     kept = config.num_layers * {"full": residual, "dots": residual + inner, "none": 3 * residual + 2 * inner}[remat]
     on_cpu = step.mesh.devices.flat[0].platform == "cpu"
     queries = step.length if on_cpu or step.length % QUERIES else QUERIES
@@ -106,7 +109,7 @@ def temporaries(step: Step) -> float:
     weights = GATHERED_AHEAD * step.layer_fetched * c + step.head_fetched * c
     if c < 4:
         weights += (step.layer - step.layer_fetched) * c  # cast from float32 layer by layer
-    gradients = 4 * step.state * (2 if step.micro > 1 else 1)
+    gradients = 4 * step.state * ((2 if step.micro > 1 else 1) + 3 * on_cpu)  # which does not update moments in place
     return kept + weights + step.layer_trained * c + gradients + max(scores + inner, 2 * inner, logits)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from flexjax import errors, hardware, tree
+from flexjax import errors, hardware, sharding, tree
+from flexjax.model import dispatch
 from flexjax.planning import collectives, hlo, traffic
 from flexjax.train import program
 
@@ -47,7 +48,7 @@ class Facts:
       exchanges: its collectives.
       largest: buffers, empty if there is no program to look into.
       uncounted: kernels and loops of which no FLOPs, or one trip only, are counted.
-      compiling: seconds to lower and compile, bytes of this process, lines of the program.
+      compiling: seconds to lower and compile, and of all cores together, bytes of this process, lines of the program.
     """
 
     method: str
@@ -92,6 +93,23 @@ def argument_bytes(job: program.Program) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
+def room(job: program.Program, accumulation: int = 0) -> dispatch.Room | None:
+    """Rows that a device keeps free for tokens that chose its experts, of one micro-batch; None if none travel."""
+    if not job.architecture.sparse:
+        return None
+    rows, length = job.batch["tokens"].shape
+    parts = (accumulation or job.settings.accumulation) * sharding.size(job.mesh, *sharding.BATCH)
+    config, dtype = job.architecture.config, job.settings.compute_dtype
+    tokens = rows * length // parts
+    return dispatch.buffer_bound(job.architecture.banks, job.mesh, tokens, job.architecture.top_k, config.d_model, dtype)
+
+
+def filled(job: program.Program) -> float:
+    """The share of those rows that is in use if routing is even."""
+    found = room(job)
+    return found.expected / found.rows if found else 1.0
+
+
 def checkpoint_bytes(job: program.Program) -> int:
     """Bytes of the state that is saved, all devices together."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(job.state))
@@ -116,19 +134,20 @@ def compiled(lowered: Lowered, chip: hardware.Chip | None, compiler: str) -> Fac
 
     Raises:
       TooLargeError: the compiler refuses because the program does not fit.
+      ConfigError: it refuses for another reason, for instance a collective that this machine has not.
     """
-    job, begin = lowered.job, time.perf_counter()
+    job, begin, busy = lowered.job, time.perf_counter(), time.process_time()
     try:
         executable = lowered.stage.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TooLargeError(str(error)) from None
-    end = time.perf_counter()
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TooLargeError(str(error)) from None
+        raise errors.ConfigError(f"{compiler} cannot compile this step: {str(error).splitlines()[0][:300]}") from None
+    end, done = time.perf_counter(), time.process_time()
     sizes, text = executable.memory_analysis(), executable.as_text()
     if sizes is None or text is None:
         raise errors.ConfigError(f"{compiler} tells nothing of its programs; plan with --analytic")
-    module = hlo.Module(text)
+    module = hlo.Module(text, filled(job))
     found = Facts(
         method=f"compiled by {compiler}",
         arguments=sizes.argument_size_in_bytes,
@@ -143,6 +162,7 @@ def compiled(lowered: Lowered, chip: hardware.Chip | None, compiler: str) -> Fac
         compiling={
             "lower_seconds": lowered.seconds,
             "compile_seconds": end - begin,
+            "compile_cpu_seconds": done - busy,
             "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "lines": text.count("\n"),
         },

@@ -19,6 +19,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 OUTSIDE_HBM = re.compile(r"S\([1-9]\d*\)")  # on TPU, a buffer in one of the chip's own small memories
+WINDOW = re.compile(r"(\w+)=(\S+)")
 PRODUCTS_ELSEWHERE = re.compile(r"matmul|gemm|dot")
 
 
@@ -94,12 +95,17 @@ class Step:
 class Module:
     """A parsed program.
 
+    Args:
+      text: optimised HLO.
+      filled: share of the rows of a grouped product that are expected to be in use; its kernel leaves the others out.
+
     Attributes:
       computations: by name, each an ordered {name: instruction}.
       dynamic: loops whose trips only the running program knows; they count once.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, filled: float = 1.0) -> None:
+        self.filled = filled
         self.computations: dict[str, Computation] = {}
         self.dynamic: set[str] = set()
         self.entry, current = "", None
@@ -222,8 +228,8 @@ def dot_flops(module: Module) -> dict[str, float]:
 def products(module: Module, name: str, instruction: Instruction) -> dict[str, float]:
     """FLOPs by dtype of the matrix products of an instruction of computation `name`, or inside it if it is a fusion.
 
-    A product is a `dot`, on TPU a `convolution`, or the kernel that `ragged_dot` becomes there, counted as if all rows were
-    in use. It costs 2 * (scalars of its result) * (scalars that are contracted for each).
+    A product is a `dot`, on TPU a `convolution`, or the kernel that `ragged_dot` becomes there. It costs
+    2 * (scalars of its result) * (scalars that are contracted for each).
 
     Raises:
       ValueError: a product became some other custom call.
@@ -246,7 +252,7 @@ def products(module: Module, name: str, instruction: Instruction) -> dict[str, f
     if instruction.op == "convolution":
         return {operands[0].dtype: _convolution(instruction, operands)}
     if instruction.name.startswith("ragged-dot") and len(operands) >= 2 and len(instruction.arrays) == 1:
-        return {operands[-2].dtype: _ragged(operands[-2], operands[-1], instruction.arrays[0])}
+        return {operands[-2].dtype: module.filled * _ragged(operands[-2], operands[-1], instruction.arrays[0])}
     if PRODUCTS_ELSEWHERE.search(instruction.attribute("custom_call_target", r'"([^"]*)"') or ""):
         raise ValueError(f"a product became the custom call {instruction.name}; count those too")
     return {}
@@ -276,17 +282,12 @@ def _convolution(instruction: Instruction, operands: list[Array]) -> float:
     shape = dict(zip(result, instruction.arrays[0].dimensions, strict=True))
     kernel = dict(zip(right, operands[1].dimensions, strict=True))
     given = dict(zip(left, operands[0].dimensions, strict=True))
-    window = _window(instruction)
+    window = {key: value.split("x") for key, value in WINDOW.findall(instruction.attribute("window", r"\{([^}]*)\}") or "")}
     pairs = 1
     for axis in sorted(name for name in result if name.isdigit()):
         pairs *= _meetings(window, int(axis), given[axis], kernel[axis], shape[axis])
     groups = int(instruction.attribute("batch_group_count", r"(\d+)") or 1)
     return 2.0 * shape["b"] * shape["f"] * kernel["i"] * pairs / groups
-
-
-def _window(instruction: Instruction) -> dict[str, list[str]]:
-    text = instruction.attribute("window", r"\{([^}]*)\}") or ""
-    return {key: value.split("x") for key, value in (part.split("=") for part in text.split())}
 
 
 def _meetings(window: dict[str, list[str]], axis: int, given: int, kernel: int, result: int) -> int:

@@ -68,7 +68,8 @@ def _memory(facts: Plan) -> str:
 def _compiling(compiling: dict[str, float]) -> str:
     return (
         f"lowered in {compiling['lower_seconds']:.1f} s, compiled in {compiling['compile_seconds']:.0f} s "
-        f"with {compiling['host_bytes'] / 1e9:.1f} GB of host memory; {compiling['lines']:,.0f} lines of HLO"
+        f"({compiling['compile_cpu_seconds']:.0f} s of CPU time) with {size(compiling['host_bytes'])} of host memory; "
+        f"{compiling['lines']:,.0f} lines of HLO"
     )
 
 

@@ -57,7 +57,7 @@ def estimate(
     links: dict[str, float] = {}
     hidden = exposed = 0.0
     for one in found.exchanges:
-        seconds = one.times * one.sent * _hops(one, machine) / topology.bandwidth(machine, mesh, one.axes)
+        seconds = one.times * one.sent * _hops(one, machine, mesh) / topology.bandwidth(machine, mesh, one.axes)
         name = ", ".join(one.axes)
         links[name] = links.get(name, 0.0) + seconds
         if _waits(one.axes):
@@ -84,7 +84,8 @@ def _waits(axes: Iterable[str]) -> bool:
     return any(axis.partition("/")[0] in EXPOSED for axis in axes)
 
 
-def _hops(one: collectives.Collective, machine: topology.Topology) -> float:
-    """On a ring, what every device sends to every other travels a quarter of the way round on average."""
-    far = "all-to-all" in one.kind and machine.chip is not None and machine.chip.dimensions
-    return max(1.0, one.group / 4) if far else 1.0
+def _hops(one: collectives.Collective, machine: topology.Topology, mesh: Mesh) -> float:
+    """What each sends to every other travels a quarter of the way round each dimension of a torus, on average."""
+    if "all-to-all" not in one.kind or not machine.shape:
+        return 1.0
+    return max(1.0, sum(reached / 4 for reached in topology.reach(machine, mesh, one.axes) if reached > 1))

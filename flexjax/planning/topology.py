@@ -29,6 +29,7 @@ ALONE = {  # this host is no TPU, and there is nobody to ask what it is: else th
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles: two plans do not fight for a device
 }
 
 
@@ -115,7 +116,7 @@ def _slice(kind: str, size: str, analytic: bool) -> Topology:
         return Topology(topology, chip, [OnPaper(i) for i in range(count)], shape, False, hosts)
     if importlib.util.find_spec("libtpu") is None:
         raise errors.ConfigError(
-            f"--topology={topology} needs the compiler of TPUs, which works without one: pip install libtpu; "
+            f"--topology={topology} needs the compiler of TPUs, which works on any host: pip install -e '.[plan]'; "
             "or pass --analytic for a plan by formulas"
         )
     for name, value in ALONE.items():
@@ -133,36 +134,44 @@ def _unknown(name: str, reason: str = "") -> errors.ConfigError:
     return errors.ConfigError(f"--topology={name} is not known{said}; known are {known}; cpu:N; gpu:N with --gpu")
 
 
-def bandwidth(topology: Topology, mesh: Mesh | Mapping[str, int], axes: Sequence[str]) -> float:
+def bandwidth(machine: Topology, mesh: Mesh | Mapping[str, int], axes: Sequence[str]) -> float:
     """Bytes/s at which a device sends along mesh axes, all of them together.
 
     On a torus: two links for each dimension that the axes close to a ring, one for a dimension that they cover in part or
     that is open. Behind a switch: its whole link, and beyond an island the network, which its members share the work of.
-    Described TPU devices know their coordinates; on paper they are numbered row by row.
     """
-    chip = topology.chip
+    chip = machine.chip
     if chip is None:
         return math.nan
-    sizes = dict(mesh.shape) if isinstance(mesh, Mesh) else dict(mesh)
-    names = [axis.partition("/")[0] for axis in axes]
-    line = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    members = line[tuple(slice(None) if axis in names else 0 for axis in sizes)].reshape(-1)
     if not chip.dimensions:
-        islands = {int(device) // chip.island for device in members} if chip.island else {0}
-        if len(islands) == 1:
-            return chip.link
-        return min(chip.link, chip.network * len(members) / len(islands))
-    places = np.array([_place(topology, mesh, int(device)) for device in members])
+        members = _members(mesh, axes)
+        islands = len({int(device) // chip.island for device in members}) if chip.island else 1
+        return chip.link if islands == 1 else min(chip.link, chip.network * len(members) / islands)
     link, total = chip.link / (2 * chip.dimensions), 0.0
-    for dimension, length in enumerate(topology.shape):
-        reached = len(set(places[:, dimension].tolist()))
-        if reached > 1:
-            closed = reached == length and length % CLOSED[chip.name] == 0
-            total += link * (2 if closed else 1)
+    for reached, length in zip(reach(machine, mesh, axes), machine.shape, strict=True):
+        closed = reached == length and length % CLOSED[chip.name] == 0
+        total += (reached > 1) * link * (2 if closed else 1)
     return total or math.nan
 
 
-def _place(topology: Topology, mesh: Mesh | Mapping[str, int], index: int) -> tuple[int, ...]:
+def reach(machine: Topology, mesh: Mesh | Mapping[str, int], axes: Sequence[str]) -> list[int]:
+    """How many places along each dimension of the torus a group of these axes has; empty without a torus.
+
+    Described TPU devices know their coordinates; on paper they are numbered row by row.
+    """
+    places = np.array([_place(machine, mesh, int(device)) for device in _members(mesh, axes)])
+    return [len(set(places[:, dimension].tolist())) for dimension in range(len(machine.shape))]
+
+
+def _members(mesh: Mesh | Mapping[str, int], axes: Sequence[str]) -> np.ndarray:
+    """Numbers of the devices that the first of them meets along axes; a part of an axis counts as all of it."""
+    sizes = dict(mesh.shape) if isinstance(mesh, Mesh) else dict(mesh)
+    names = [axis.partition("/")[0] for axis in axes]
+    laid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    return laid[tuple(slice(None) if axis in names else 0 for axis in sizes)].reshape(-1)
+
+
+def _place(machine: Topology, mesh: Mesh | Mapping[str, int], index: int) -> tuple[int, ...]:
     if isinstance(mesh, Mesh) and hasattr(mesh.devices.flat[index], "coords"):
         return tuple(mesh.devices.flat[index].coords)
-    return tuple(int(part) for part in np.unravel_index(index, topology.shape))
+    return tuple(int(part) for part in np.unravel_index(index, machine.shape))

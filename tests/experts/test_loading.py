@@ -37,6 +37,7 @@ MESHES = {
     "data 4 expert 2": {"data": 4, "expert": 2},
     "fsdp 2 tensor 2 expert 2": {"fsdp": 2, "tensor": 2, "expert": 2},
 }
+SOME = ["fsdp 8", "data 4 expert 2", "fsdp 2 tensor 2 expert 2"]
 
 
 def mesh_of(name):
@@ -87,10 +88,9 @@ def laid(model, mesh, top_k=None, groups=None):
     return architecture, placement.place(params, architecture, mesh)
 
 
-@pytest.mark.parametrize("parts", ["whole leaves", "parts"])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_one_process(home, mesh, parts, monkeypatch):
-    if parts == "parts":
+@pytest.mark.parametrize(("mesh", "in_parts"), [*((mesh, False) for mesh in MESHES), *((mesh, True) for mesh in SOME)])
+def test_one_process(home, mesh, in_parts, monkeypatch):
+    if in_parts:
         monkeypatch.setattr(loading, "WHOLE_BYTES", 1500)
     model, mesh = models.open_model(home / "model"), mesh_of(mesh)
     groups = BY_WIDTH if mesh.shape["expert"] > 1 else None
@@ -120,9 +120,6 @@ def test_anchor(home):
 def test_public_lives_with_those_of_its_width():
     assert models.by_width({"b": 4, "public": 4, "a": 2}) == {"w4": ("public", "b"), "w2": ("a",)}
     assert models.by_width({"b": 4, "public": 8, "a": 2}) == {"public": ("public",), "w2": ("a",), "w4": ("b",)}
-
-
-SOME = ["fsdp 8", "data 4 expert 2", "fsdp 2 tensor 2 expert 2"]
 
 
 @pytest.mark.parametrize("mesh", [*SOME, *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m not in SOME)])

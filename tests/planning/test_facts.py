@@ -1,6 +1,10 @@
 """What a plan predicts is what a machine holds and does, as far as this one can tell."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -39,6 +43,18 @@ def test_predicted_argument_bytes_are_those_of_the_live_arrays(phase, mesh):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     assert set(held.values()) == {facts.argument_bytes(job)}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_predicted_peak_is_what_a_process_takes():
+    """Arguments and temporaries of one step on one device, against the growth of the process's own peak."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.planning.peak"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["predicted"] > 4 * found["held"]
+    assert found["measured"] == pytest.approx(found["predicted"], rel=0.1)
 
 
 def test_a_refusal_of_the_compiler_is_read():
