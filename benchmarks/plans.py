@@ -50,9 +50,9 @@ def _plan(kind: str, config: str, topology: str, mesh: dict[str, int], accumulat
 
 PUBLIC, EXPERT, ROUTER, JOINT = "7B public", "2x7B expert", "7x7B router tuning", "8x7B joint MoE"
 MAIN = [
-    _plan(PUBLIC, "public", V5E, {"fsdp": 256}, 2),
+    _plan(PUBLIC, "public", V5E, {"fsdp": 256}, 4),
     _plan(PUBLIC, "public", V5P, {"fsdp": 128}, 2),
-    _plan(EXPERT, "math_expert", V5E, {"fsdp": 256}, 2),
+    _plan(EXPERT, "math_expert", V5E, {"fsdp": 256}, 4),
     _plan(EXPERT, "math_expert", V5P, {"fsdp": 128}, 2),
     _plan(ROUTER, "router_tuning", V5E, {"fsdp": 256}, 4, SIX),
     _plan(ROUTER, "router_tuning", V5P, {"fsdp": 128}, 2, SIX),
@@ -61,17 +61,17 @@ MAIN = [
 ]
 SMALLEST = [
     _plan(EXPERT, "math_expert", "v5e:2x2", {"tensor": 4}, 1024),
-    _plan(EXPERT, "math_expert", "v5e:2x4", {"fsdp": 4, "tensor": 2}, 256),
+    _plan(EXPERT, "math_expert", "v5e:2x4", {"fsdp": 8}, 128),
     _plan(EXPERT, "math_expert", "v6e:2x2", {"fsdp": 4}, 256),
     _plan(EXPERT, "math_expert", "v5p:2x2x1", {"fsdp": 4}, 128),
 ]
 GROWTH = [  # with layers, then with devices; the 32-layer plan on 256 chips belongs to both
-    dataclasses.replace(_plan(EXPERT, "math_expert", V5E, {"fsdp": 256}, 2, f"--config.model.num_layers={layers}"), name=name)
+    dataclasses.replace(_plan(EXPERT, "math_expert", V5E, {"fsdp": 256}, 4, f"--config.model.num_layers={layers}"), name=name)
     for layers in (8, 16, 64)
     if (name := f"growth-{layers}-layers")
 ] + [
     dataclasses.replace(
-        _plan(EXPERT, "math_expert", f"v5e:{size}", {"fsdp": count}, 512 // count), name=f"growth-{count}-chips"
+        _plan(EXPERT, "math_expert", f"v5e:{size}", {"fsdp": count}, 1024 // count), name=f"growth-{count}-chips"
     )
     for size, count in (("4x4", 16), ("8x8", 64))
 ]

@@ -43,6 +43,7 @@ def _run(main: Callable[[list[str]], Any]) -> int:
         if HELP.isdisjoint(sys.argv[1:]):
             with distributed.lost_peers_are_preemption():
                 main(_parse(sys.argv))
+                distributed.finish(0)  # waits for the others, and may be told to stop meanwhile
         else:
             print(f"{(sys.modules[main.__module__].__doc__ or '').strip()}\n{flags.FLAGS.main_module_help()}")
         sys.stdout.flush()
@@ -70,6 +71,11 @@ def _run(main: Callable[[list[str]], Any]) -> int:
         advice = "use a local path, or gs:// after: pip install -e '.[gcs]'"
         print(f"error: this kind of path cannot be opened ({error}); {advice}", file=sys.stderr)
     return code
+
+
+def use_cpu() -> None:
+    """Leaves accelerators, and their compiler's own search for them, alone."""
+    jax.config.update("jax_platforms", "cpu")
 
 
 def compilation_cache(directory: os.PathLike[str]) -> None:

@@ -28,6 +28,7 @@ CONNECTION = re.compile(
 
 _peers: peers.Peers | None = None
 _all_speak = False
+LONGEST_WORK = 7 * 24 * 3600  # seconds that one process may do for all, such as tokenising
 
 
 def start(
@@ -238,7 +239,7 @@ def finish(code: int = 0) -> None:
 def main_first(name: str) -> Iterator[None]:
     """Around work whose result all processes find on disk: process 0 does it while the others wait, then they follow."""
     if not is_main():
-        barrier(name)
+        barrier(name, LONGEST_WORK)
     yield
     if is_main():
         barrier(name)

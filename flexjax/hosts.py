@@ -3,6 +3,7 @@
 import os
 import sys
 
+import jax
 from absl import flags
 
 from flexjax import config as config_lib
@@ -29,6 +30,8 @@ def join(facts: dict[str, str]) -> None:
     distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
     distributed.log_all(LOG_ALL.value)
     distributed.agree(facts | distributed.versions())
+    if distributed.count() > 1:
+        distributed.agree({"device": jax.local_devices()[0].device_kind, "local devices": str(jax.local_device_count())})
 
 
 def _keep_stdout() -> None:

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from flexjax import command, comparison, distributed, errors, hosts, memory, report, sharding, stages, workdir
+from flexjax import command, comparison, distributed, errors, hosts, jobs, memory, report, sharding, stages, workdir
 from flexjax import config as config_lib
 from flexjax.data import sources
 from flexjax.experts import manifest, models, store
@@ -156,7 +156,7 @@ def _beside_anchor(
 ) -> tuple[store.Artefact, sources.Corpora, dict[str, epath.Path]]:
     """Opens or trains the anchor, and lets it decide the model's shapes and the tokenizer."""
     if not config.anchor.path:
-        stages.check_claim(stages.public_config(config), directory / "public", options)
+        stages.check_claim(jobs.public_config(config), directory / "public", options)
         stages.claim(config, directory, options)
     anchor = stages.anchor(config, directory, options)
     shapes = store.config_of(anchor)

@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from flexjax import command, errors, hardware, stages, tree, workdir
+from flexjax import command, errors, hardware, jobs, tree, workdir
 from flexjax import config as config_lib
 from flexjax.planning import planner, report, search, topology
 
@@ -41,7 +41,8 @@ SHOWN = 10  # meshes of a search
 COMPILED = 2
 CODE = ("hardware.py", "train/flops.py", "planning/*.py")  # what decides a plan, beside the program itself
 
-LOOKS = ("report.py", "search.py")
+LOOKS = ("report.py", "search.py")  # but for these,
+FORMULAS = ("analytic.py", "advice.py")  # and where a compiler answers, these
 
 
 def main(argv: list[str]) -> None:
@@ -56,9 +57,10 @@ def main(argv: list[str]) -> None:
     config = check(CONFIG.value, file)
     topology.fake_devices(TOPOLOGY.value)
     machine = topology.parse(TOPOLOGY.value, chip(), ANALYTIC.value)
+    made = None
     if SEARCH.value:
-        config = best(config, machine)
-    plan = kept(config, machine, f"{file} on {machine.name}")
+        config, made = best(config, machine)
+    plan = kept(config, machine, f"{file} on {machine.name}", made)
     if JSON.value:
         print(json.dumps(plan))
     if not plan["fits"]:
@@ -114,34 +116,32 @@ def options() -> planner.Options:
     return planner.Options(PRICE.value, STORAGE.value)
 
 
-def best(config: config_lib.Config, machine: topology.Topology) -> config_lib.Config:
-    """Ranks meshes, shows them, and returns the job on the best: of the first two by formulas, the better by the compiler."""
-    architecture = stages.planned(config)
+def best(config: config_lib.Config, machine: topology.Topology) -> tuple[config_lib.Config, dict[str, Any]]:
+    """Ranks meshes, shows them, and returns the job on the best with its plan: of the first two, the better compiled one."""
+    architecture = jobs.architecture(config)
     found = search.rank(config, architecture, machine)
     print(f"{len(found)} meshes of {len(machine.devices)} devices, by formulas; the best {min(SHOWN, len(found))}:")
     print("\n".join(report.candidates(found[:SHOWN])), flush=True)
     tried = []
-    for one in found[:COMPILED] if machine.compiles else found[:1]:
+    for one in found[: COMPILED if machine.compiles else 1]:
         changed = one.applied(config)
         plan = planner.make(changed, architecture, machine, options(), planner.lower(changed, architecture, machine))
-        seconds = plan["roofline"]["step"] if plan["roofline"] else 0.0
-        tried.append((not plan["fits"], seconds, plan["facts"]["peak"], changed))
-        print(f"{report.candidates([one])[0].split(' frozen')[0].strip()}: {report.verdict(plan)}", file=sys.stderr)
-    return min(tried, key=lambda row: row[:3])[3]
+        print(f"{report.mesh(plan)}: {report.verdict(plan)}", file=sys.stderr)
+        tried.append((not plan["fits"], plan["roofline"]["step"] if plan["roofline"] else 0.0, changed, plan))
+    return min(tried, key=lambda row: row[:2])[2:]
 
 
-def kept(config: config_lib.Config, machine: topology.Topology, title: str) -> dict[str, Any]:
-    """The plan, printed; from `--report` if it is there already, else made and written there."""
-    architecture = stages.planned(config)
+def kept(config: config_lib.Config, machine: topology.Topology, title: str, made: dict[str, Any] | None) -> dict[str, Any]:
+    """The plan, printed; made if it is neither given nor in `--report` already, and written there."""
+    architecture = jobs.architecture(config)
     lowered = planner.lower(config, architecture, machine)
-    key = planner.key(config, machine, options(), lowered, code())
+    key = planner.key(config, machine, options(), lowered, code(LOOKS + FORMULAS * machine.compiles))
     page = epath.Path(REPORT.value) if REPORT.value else None
     saved = workdir.read_json(page.with_suffix(".json")) if page else None
     if saved is not None and saved["key"] == key:
         print(f"{page}: this plan is there already, nothing is compiled", file=sys.stderr)
-        plan = saved["plan"]
-    else:
-        plan = planner.make(config, architecture, machine, options(), lowered)
+        made = saved["plan"]
+    plan = made or planner.make(config, architecture, machine, options(), lowered)
     if page:
         workdir.write_json(page.with_suffix(".json"), {"key": key, "title": title, "plan": plan})
         workdir.write(page, report.markdown(title, plan).encode())
@@ -149,12 +149,11 @@ def kept(config: config_lib.Config, machine: topology.Topology, title: str) -> d
     return plan
 
 
-def code() -> str:
-    """Digest of the code that makes plans, but for how they look."""
+def code(without: tuple[str, ...]) -> str:
+    """Digest of the code that makes plans, without some files."""
     home = pathlib.Path(__file__).parent
-    return tree.sha256(
-        b"".join(path.read_bytes() for pattern in CODE for path in sorted(home.glob(pattern)) if path.name not in LOOKS)
-    )
+    files = [path for pattern in CODE for path in sorted(home.glob(pattern)) if path.name not in without]
+    return tree.sha256(b"".join(path.read_bytes() for path in files))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A stage is finished when its artefact has a manifest; starting again skips it an
 last committed checkpoint.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flexjax import config as config_lib
-from flexjax import distributed, errors, tree, workdir
+from flexjax import distributed, errors, jobs, tree, workdir
 from flexjax.data import pipeline, sources
 from flexjax.experts import domains, manifest, models, slices, store, surgery
 from flexjax.experts import rows as rows_lib
@@ -19,18 +20,6 @@ from flexjax.model import placement, transformer
 from flexjax.train import loop
 
 INITIAL_BIAS = -0.1
-
-
-def public_config(config: config_lib.Config) -> config_lib.Config:
-    """The job that trains the anchor of another job; what concerns experts only is at its default."""
-    return config_lib.Config(
-        phase="public",
-        seed=config.seed,
-        model=config.model,
-        data=config.data,
-        anchor=config_lib.AnchorConfig(rows=config.anchor.rows, statistics_tokens=config.anchor.statistics_tokens),
-        train=config.anchor.train,
-    )
 
 
 def check_claim(config: config_lib.Config, directory: epath.Path, options: loop.Options) -> None:
@@ -60,7 +49,7 @@ def anchor(config: config_lib.Config, directory: epath.Path, options: loop.Optio
         distributed.say(f"anchor: {config.anchor.path}, digest {found.manifest['digest'][:12]}")
         return found
     home = workdir.create(directory / "public")
-    public = public_config(config)
+    public = jobs.public_config(config)
     claim(public, home, options)
     return public_stage(public, sources.Corpora(config, directory, None, distributed.say), home, options)
 
@@ -80,9 +69,12 @@ def public_stage(
         return found
     architecture = transformer.Architecture(config.model, transformer.dense_banks(config.model))
     transformer.check(architecture)
-    params = placement.init(architecture, config.seed, options.mesh)
-    trained, facts = loop.train(params, architecture, stream, config, directory, "anchor", options, origin="")
-    trained, source = _replace(params, trained), corpora.source(config_lib.PUBLIC)
+
+    def start() -> tree.Tree:
+        return placement.init(architecture, config.seed, options.mesh)
+
+    trained, facts = loop.train(start(), architecture, stream, config, directory, "anchor", options, origin="")
+    trained, source = _complete(trained, start, architecture), corpora.source(config_lib.PUBLIC)
     statistics, row = rows_lib.public_rows(config, architecture, trained, source, options.mesh)
     shared, experts = surgery.split(trained, architecture.banks)
     public = {**experts[config_lib.PUBLIC], "router": {"row": row}}
@@ -137,26 +129,28 @@ def expert_stage(
         distributed.say(f"expert '{name}': finished, skipped; digest {found.manifest['digest'][:12]}")
         return found
     mesh, source = options.mesh, corpora.source(name)
-    dense, params = models.load_anchor(anchor, mesh)
     distributed.say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
-    row = rows_lib.domain_row(config, anchor, dense, params, source, mesh)
+    row = rows_lib.domain_row(config, anchor, source, mesh)
     bias = np.full(config.model.num_layers, INITIAL_BIAS, np.float32)
     mine = {"router": {"row": row, "bias": bias}}
     if config.expert.d_ff not in (0, config.model.d_ff):
         mine |= {"ffn": surgery.narrow(anchor.tensors("expert"), config.expert.d_ff)["ffn"]}
 
     def build(params: tree.Tree, public_row: tree.Tree, mine: tree.Tree) -> tree.Tree:
-        shared, experts = surgery.split(params, dense.banks)
+        shared, experts = surgery.split(params, transformer.dense_banks(config.model))
         public = {**experts[config_lib.PUBLIC], "router": public_row}
         both = {config_lib.PUBLIC: public, name: {"ffn": public["ffn"]} | mine}
         return surgery.join(shared, both, {config_lib.PUBLIC: (config_lib.PUBLIC,), name: (name,)})[0]
 
-    architecture = planned(config)
-    pair = placement.assemble(build, architecture, mesh, params, {"row": anchor.tensor("expert/router/row")}, mine)
-    del params
-    _check_carried(pair, config.train.trainable)
-    trained, facts = loop.train(pair, architecture, stream, config, directory, f"expert {name}", options, origin)
-    expert = surgery.split(_replace(pair, trained), architecture.banks)[1][name]
+    def start() -> tree.Tree:
+        public_row = {"row": anchor.tensor("expert/router/row")}
+        return placement.assemble(build, architecture, mesh, models.load_anchor(anchor, mesh)[1], public_row, mine)
+
+    architecture = jobs.architecture(config)
+    _check_carried(architecture, config.train.trainable)
+    trained, facts = loop.train(start(), architecture, stream, config, directory, f"expert {name}", options, origin)
+    whole = _complete(trained, start, architecture, f"experts/{name}/")
+    expert = surgery.split(whole, architecture.banks[1:])[1][name]
     facts |= made_of | {
         "data": source.digest,
         "documents": source.num_documents,
@@ -169,25 +163,11 @@ def expert_stage(
     return found
 
 
-def _check_carried(params: tree.Tree, pattern: str) -> None:
+def _check_carried(architecture: transformer.Architecture, pattern: str) -> None:
     """Raises ConfigError, before anything is trained, if a part of the anchor would be: no bundle carries it."""
-    for path in tree.flatten(tree.partition(params, pattern)[0]):
+    for path in tree.flatten(tree.partition(transformer.abstract(architecture), pattern)[0]):
         if not path.startswith("experts/") or path.startswith(f"experts/{config_lib.PUBLIC}/"):
             raise errors.ConfigError(f"train.trainable selects {path}, which no bundle carries; use 'experts/(?!public/).*'")
-
-
-def mixture_weights(mixture: config_lib.MixtureConfig) -> dict[str, float]:
-    """Public text at its fraction, the experts' domains sharing the rest.
-
-    Raises:
-      ConfigError: the fraction is no share, or there is no expert.
-    """
-    if not 0 <= mixture.public_fraction <= 1 or not mixture.experts:
-        raise errors.ConfigError(
-            f"mixture.public_fraction={mixture.public_fraction} must lie in [0, 1], beside one expert at least"
-        )
-    rest = (1 - mixture.public_fraction) / len(mixture.experts)
-    return {config_lib.PUBLIC: mixture.public_fraction, **{name: rest for name in mixture.experts}}
 
 
 def joint_stage(
@@ -195,7 +175,7 @@ def joint_stage(
 ) -> models.Model:
     """Upcycles the anchor to one expert per domain and trains everything together; writes `directory/model`."""
     home, origin = directory / "model", anchor.manifest["digest"]
-    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
+    stream = corpora.pipeline(jobs.mixture_weights(config.mixture), config.train)
     made_of = _made_of(config, stream, start=origin)
     if _finished(home):
         found = models.open_model(home)
@@ -203,20 +183,21 @@ def joint_stage(
         distributed.say(f"joint model: finished, skipped; tree digest {found.tree_digest[:12]}")
         return found
     names, rng = config.mixture.experts, np.random.default_rng(config.seed)
-    dense, params = models.load_anchor(anchor, options.mesh)
     rows = {config_lib.PUBLIC: anchor.tensor("expert/router/row")}
     for name in names:
         rows[name] = (config.model.init_std * rng.standard_normal(rows[config_lib.PUBLIC].shape)).astype(np.float32)
 
     def build(params: tree.Tree, rows: tree.Tree) -> tree.Tree:
-        shared, experts = surgery.split(params, dense.banks)
+        shared, experts = surgery.split(params, transformer.dense_banks(config.model))
         copies = {name: {**experts[config_lib.PUBLIC], "router": {"row": row}} for name, row in rows.items()}
-        return surgery.join(shared, copies, joint_groups(config))[0]
+        return surgery.join(shared, copies, jobs.joint_groups(config))[0]
 
-    architecture = planned(config)
-    params = placement.assemble(build, architecture, options.mesh, params, rows)
-    trained, facts = loop.train(params, architecture, stream, config, directory, "joint", options, origin)
-    shared, experts = surgery.split(_replace(params, trained), architecture.banks)
+    def start() -> tree.Tree:
+        return placement.assemble(build, architecture, options.mesh, models.load_anchor(anchor, options.mesh)[1], rows)
+
+    architecture = jobs.architecture(config)
+    trained, facts = loop.train(start(), architecture, stream, config, directory, "joint", options, origin)
+    shared, experts = surgery.split(_complete(trained, start, architecture), architecture.banks)
 
     def put(writer: slices.TensorWriter) -> None:  # no statistics: the old anchor's states are not those of the new one
         writer.put_tree({**shared, "expert": experts[config_lib.PUBLIC]})
@@ -232,30 +213,6 @@ def joint_stage(
         expert = {**experts[name], "router": {**experts[name]["router"], "bias": bias}}
         bundles[name] = store.write_bundle(parts / name, name, new, expert, facts)
     return _publish(home, parts, new, bundles, config.mixture.top_k)
-
-
-def planned(config: config_lib.Config) -> transformer.Architecture:
-    """What a job would train, before there is an anchor or a model on disk.
-
-    Raises:
-      ConfigError: shapes, names or the number of active experts make no model.
-    """
-    bank, shapes = config_lib.Bank, config.model
-    public = transformer.dense_banks(shapes)
-    names, width = config.mixture.experts, config.expert.d_ff or shapes.d_ff
-    if config.phase == "public":
-        return surgery.architecture(shapes, public, top_k=1)
-    if config.phase == "expert":
-        return surgery.architecture(shapes, (*public, bank(config.expert.name, (config.expert.name,), width)), top_k=2)
-    if config.phase == "joint":
-        ((name, members),) = joint_groups(config).items()
-        return surgery.architecture(shapes, (bank(name, members, shapes.d_ff, biased=False),), config.mixture.top_k)
-    return surgery.architecture(shapes, (*public, bank(f"w{shapes.d_ff}", names, shapes.d_ff)), top_k=len(names) + 1)
-
-
-def joint_groups(config: config_lib.Config) -> dict[str, tuple[str, ...]]:
-    """The bank of a joint model: all experts in one, `public` among them, so that they can live apart."""
-    return {"joint": (config_lib.PUBLIC, *config.mixture.experts)}
 
 
 def _publish(
@@ -274,7 +231,7 @@ def router_stage(
 ) -> models.Model:
     """Trains rows and biases of a merged model, all experts active; writes `directory/model` with new bundles."""
     home, origin = directory / "model", start.tree_digest
-    stream = corpora.pipeline(mixture_weights(config.mixture), config.train)
+    stream = corpora.pipeline(jobs.mixture_weights(config.mixture), config.train)
     made_of = _made_of(config, stream, start=origin)
     if _finished(home):
         found = models.open_model(home)
@@ -282,10 +239,14 @@ def router_stage(
             _check_made_of(bundle.manifest["training"], made_of, home)
         distributed.say(f"router-tuned model: finished, skipped; tree digest {found.tree_digest[:12]}")
         return found
-    architecture, params = models.load(start, len(start.bundles) + 1, options.mesh, public_apart=True)
-    _check_carried(params, config.train.trainable)
-    trained, facts = loop.train(params, architecture, stream, config, directory, "router tuning", options, origin)
-    experts = surgery.split(_replace(params, trained), architecture.banks)[1]
+    architecture = models.architecture(start, top_k=len(start.bundles) + 1)
+    _check_carried(architecture, config.train.trainable)
+
+    def read() -> tree.Tree:
+        return models.load(start, len(start.bundles) + 1, options.mesh, public_apart=True)[1]
+
+    trained, facts = loop.train(read(), architecture, stream, config, directory, "router tuning", options, origin)
+    experts = surgery.split(_complete(trained, read, architecture), architecture.banks)[1]
     parts = directory / "parts"
     _discard(parts)
     bundles = {}
@@ -311,9 +272,15 @@ def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath
     return found
 
 
-def _replace(params: tree.Tree, trained: tree.Tree) -> tree.Tree:
-    flat = tree.flatten(params) | tree.flatten(trained)
-    return tree.unflatten(flat)
+def _complete(
+    trained: tree.Tree, start: Callable[[], tree.Tree], architecture: transformer.Architecture, below: str = ""
+) -> tree.Tree:
+    """What was trained with what was not, as it was published: read again, rather than kept beside the copy in use."""
+    flat = tree.flatten(trained)
+    missing = {path for path in tree.flatten(transformer.abstract(architecture)) if path.startswith(below)} - set(flat)
+    if missing:
+        flat |= {path: leaf for path, leaf in tree.flatten(start()).items() if path in missing}
+    return tree.unflatten({path: leaf for path, leaf in flat.items() if path.startswith(below)})
 
 
 def _finished(home: epath.Path) -> bool:

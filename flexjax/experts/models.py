@@ -92,10 +92,8 @@ def load(
     """
     k = model.manifest["top_k"] if top_k is None else top_k
     if mesh is not None:
-        widths = {name: bundle.manifest["d_ff"] for name, bundle in model.bundles.items()}
-        widths[config_lib.PUBLIC] = store.config_of(model.anchor).d_ff
         standard = public_apart or sharding.size(mesh, "expert") == 1
-        return loading.load(model.anchor, model.bundles, k, mesh, None if standard else by_width(widths))
+        return loading.load(model.anchor, model.bundles, k, mesh, None if standard else by_width(widths(model)))
     experts = {config_lib.PUBLIC: model.anchor.tensors("expert")}
     for name, bundle in model.bundles.items():
         experts[name] = bundle.tensors("expert")
@@ -103,6 +101,22 @@ def load(
             store.check_content(path, leaf, bundle.label)
     params, banks = surgery.join(model.anchor.shared(), experts)
     return surgery.architecture(store.config_of(model.anchor), banks, k), params
+
+
+def widths(model: Model) -> dict[str, int]:
+    """Hidden units of each expert, `public` among them."""
+    public = {config_lib.PUBLIC: store.config_of(model.anchor).d_ff}
+    return public | {name: bundle.manifest["d_ff"] for name, bundle in model.bundles.items()}
+
+
+def architecture(model: Model, top_k: int) -> transformer.Architecture:
+    """What the parameters of a model mean in the standard banks, before they are read."""
+    sizes = widths(model)
+    banks = tuple(
+        config_lib.Bank(bank, names, sizes[names[0]], biased=bank != config_lib.PUBLIC)
+        for bank, names in surgery.group(sizes).items()
+    )
+    return surgery.architecture(store.config_of(model.anchor), banks, top_k)
 
 
 def by_width(widths: Mapping[str, int]) -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.data import tokens
-from flexjax.experts import domains, store
+from flexjax.experts import domains, models, store
 from flexjax.model import transformer
 
 
@@ -36,8 +36,6 @@ def public_rows(
 def domain_row(
     config: config_lib.Config,
     anchor: store.Artefact,
-    architecture: transformer.Architecture,
-    params: tree.Tree,
     source: tokens.TokenSource,
     mesh: Mesh,
 ) -> np.ndarray:
@@ -55,6 +53,7 @@ def domain_row(
         return domains.scaled(domains.random_vector(public.shape[2], seed), public)
     if method == "text":
         return domains.scaled(domains.text_vector(source, documents, anchor.tensor("statistics/projection")), public)
+    architecture, params = models.load_anchor(anchor, mesh)
     mine = domains.states(architecture, params, source, documents, config.data.seq_len, public.shape[1], seed, mesh)
     if method == "logistic":
         return domains.logistic_rows(mine, public)

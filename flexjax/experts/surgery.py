@@ -21,11 +21,11 @@ def width(expert: tree.Tree) -> int:
     return int(expert["ffn"]["gate"].shape[-1])
 
 
-def group(experts: Experts) -> dict[str, tuple[str, ...]]:
-    """The standard banks: `public` alone, then one bank per width, experts in canonical order."""
+def group(widths: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """The standard banks of experts whose hidden units are given: `public` alone, then one bank per width, in order."""
     banks: dict[str, list[str]] = {}
-    for name in router.canonical_order(experts):
-        bank = config_lib.PUBLIC if name == config_lib.PUBLIC else f"w{width(experts[name])}"
+    for name in router.canonical_order(widths):
+        bank = config_lib.PUBLIC if name == config_lib.PUBLIC else f"w{widths[name]}"
         banks.setdefault(bank, []).append(name)
     return {bank: tuple(names) for bank, names in banks.items()}
 
@@ -45,7 +45,7 @@ def join(
     """
     if config_lib.PUBLIC not in experts:
         raise errors.ConfigError("a model needs the expert 'public'; it is the anchor's own and cannot be left out")
-    groups = group(experts) if groups is None else groups
+    groups = group({name: width(expert) for name, expert in experts.items()}) if groups is None else groups
     if sorted(name for names in groups.values() for name in names) != sorted(experts):
         raise errors.ConfigError(f"the banks {dict(groups)} must hold each of the experts {', '.join(sorted(experts))} once")
     banks, trees = [], {}

@@ -109,8 +109,10 @@ def temporaries(step: Step) -> float:
     weights = GATHERED_AHEAD * step.layer_fetched * c + step.head_fetched * c
     if c < 4:
         weights += (step.layer - step.layer_fetched) * c  # cast from float32 layer by layer
-    gradients = 4 * step.state * ((2 if step.micro > 1 else 1) + 3 * on_cpu)  # which does not update moments in place
-    return kept + weights + step.layer_trained * c + gradients + max(scores + inner, 2 * inner, logits)
+    gradients = 4 * step.state * (2 if step.micro > 1 else 1)
+    differentiating = kept + weights + step.layer_trained * c + gradients + max(scores + inner, 2 * inner, logits)
+    updating = 4 * 4 * step.state if on_cpu else 0.0  # gradients, updates and two moments, which a TPU writes in place
+    return max(differentiating, updating)
 
 
 def _executed(step: Step) -> float:

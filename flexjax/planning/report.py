@@ -29,16 +29,20 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: {of}, {missing}"
 
 
+def mesh(plan: Plan) -> str:
+    """The sizes of a plan's mesh."""
+    return " x ".join(f"{axis} {plan['mesh'][axis]}" for axis in ("data", "fsdp", "tensor", "expert"))
+
+
 def rows(plan: Plan) -> list[tuple[str, str]]:
     """What a plan says, as (what, value); all per device and step unless it says otherwise."""
-    job, facts, machine, mesh = plan["job"], plan["facts"], plan["machine"], plan["mesh"]
-    sizes = " x ".join(f"{axis} {mesh[axis]}" for axis in ("data", "fsdp", "tensor", "expert"))
+    job, facts, machine = plan["job"], plan["facts"], plan["machine"]
     batch = f"{job['sequences']} sequences of {job['seq_len']} tokens in {job['accumulation']} micro-batches"
     executed = sum(facts["flops"].values())
     found = [
         ("job", f"{job['phase']}, trains {job['trained']:,} of {job['parameters']:,} parameters"),
         ("machine", f"{machine['topology']}: {machine['devices']} devices, {machine['hosts']} hosts"),
-        ("mesh", f"{sizes}, frozen weights {mesh['frozen']}"),
+        ("mesh", f"{mesh(plan)}, frozen weights {plan['mesh']['frozen']}"),
         ("step", f"{batch}; remat {job['remat']}, {job['compute_dtype']}"),
         ("method", facts["method"]),
         ("verdict", verdict(plan)),

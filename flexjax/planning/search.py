@@ -23,7 +23,7 @@ class Candidate:
       frozen: how frozen weights lie.
       accumulation: micro-batches of a step.
       peak: bytes on each device.
-      seconds: of a step, NaN if the chip's figures are not known.
+      seconds: of a step, 0 if the chip's figures are not known: then memory decides.
       fits: within `MARGIN` of the memory.
     """
 
@@ -104,5 +104,5 @@ def _best(
         if found.peak <= limit or accumulation == rows:
             break
     time = roofline.estimate(found, machine, job.mesh, useful, tokens, config.train.steps)
-    seconds = float("nan") if time is None else time.step
+    seconds = 0.0 if time is None else time.step
     return Candidate(mesh, frozen, accumulation, found.peak, seconds, found.peak <= limit)

@@ -42,7 +42,8 @@ def train(
     """Trains what `config.train.trainable` selects, from the last committed step if there is one.
 
     Args:
-      params: the whole model, biases effective; frozen leaves are used as they are or cast, never written.
+      params: the whole model, biases effective; frozen leaves are used as they are or cast, never written, arrays of the
+        mesh that are trained are donated.
       architecture: what `params` mean.
       pipeline: the stream of batches; its position is the step.
       config: the resolved job; `config.train` drives the loop, all of it is compared on resume.
@@ -58,10 +59,10 @@ def train(
       Preempted: SIGTERM came; the state is saved. NumericError: too many steps in a row were skipped.
     """
     settings, mesh = config.train, options.mesh
-    rows = sharding.local_rows(mesh, settings.batch_size)
     job = program.Program(architecture, settings, mesh, config.mesh, config.data.seq_len, _kernel(architecture, title))
-    clock = metrics.Clock()
+    rows, clock = sharding.local_rows(mesh, settings.batch_size), metrics.Clock()
     state, frozen = job.place(params)
+    del params  # what was cast or donated is not held twice
     checkpoints = checkpoint_lib.Checkpoints(directory / "checkpoints", settings.keep)
     missing = max(1, settings.keep + 1 - len(checkpoints.steps()))  # one more than are kept, while it is written
     workdir.need_space(directory, checkpoint_lib.size(state) * missing, f"{missing} checkpoints")
@@ -74,12 +75,14 @@ def train(
     log: metrics.Log | metrics.Silent = metrics.Silent()
     if distributed.is_main():
         log = metrics.Log(directory, title, start, settings.steps, tokens_per_step, cost.total, mesh.size)
-    trained, whole = tree.count(state.trainable), tree.count(state.trainable) + tree.count(frozen)
-    log.note(f"{title}: trains {trained:,} of {whole:,} parameters: {tree.summary(state.trainable)}")
+    whole = transformer.abstract(architecture)
+    trained = tree.count(tree.partition(whole, settings.trainable)[0])
+    log.note(f"{title}: trains {trained:,} of {tree.count(whole):,} parameters: {tree.summary(state.trainable)}")
     if start:
         log.note(f"{title}: resumed at step {start} of {settings.steps}")
     with clock.lost("compiling"):
         train_step = job.compile()
+        distributed.barrier("compiled")  # the connections that the first step opens do not wait long
     log.note(f"{title}: {sharding.describe(mesh)}, compiled in {clock.seconds['compiling']:.1f} s")
 
     def record(step: int, values: dict[str, Any]) -> None:

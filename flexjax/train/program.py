@@ -78,10 +78,13 @@ class Program:
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), sharding.sharding(mesh, ())))
 
     def place(self, params: tree.Tree) -> tuple[step_lib.TrainState, tree.Tree]:
-        """The state before the first step and the frozen leaves, on the mesh, of a whole model with effective biases."""
+        """The state before the first step and the frozen leaves, on the mesh, of a whole model with effective biases.
+
+        Arrays of the mesh that are trained are donated: nobody may use them any more.
+        """
         params = placement.pad(params, self.architecture, self.mesh)
         trainable, frozen = tree.partition(params, self.settings.trainable)
-        trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), router.free(trainable))  # a copy: it is donated
+        trainable = _as_float32(router.free(trainable))
         start = jax.jit(
             lambda leaves: step_lib.init_state(leaves, self.optimizer), donate_argnums=0, out_shardings=_shardings(self.state)
         )

@@ -7,7 +7,7 @@ import jax
 
 from configs import joint_moe, math_expert, public, router_tuning
 from flexjax import config as config_lib
-from flexjax import hardware, stages
+from flexjax import hardware, jobs
 from flexjax.planning import facts, planner, topology
 
 CONFIGS = {"public": public, "expert": math_expert, "joint": joint_moe, "router": router_tuning}
@@ -35,7 +35,7 @@ def cpu(count=8, chip=None):
 
 def program(config, machine=None):
     """The program of a job."""
-    return planner.build(config, stages.planned(config), machine or cpu())
+    return planner.build(config, jobs.architecture(config), machine or cpu())
 
 
 @functools.cache

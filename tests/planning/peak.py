@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flexjax import config as config_lib
-from flexjax import memory, stages
+from flexjax import jobs, memory
 from flexjax.model import transformer
 from flexjax.planning import facts
 from tests.planning import conftest
@@ -31,7 +31,7 @@ def main():
     lowered = facts.Lowered(job)
     predicted = facts.compiled(lowered, None, "CPU").peak
     step = job.compile()
-    params = transformer.init(stages.planned(config), 0)
+    params = transformer.init(jobs.architecture(config), 0)
     rows = {name: np.zeros(like.shape, like.dtype) for name, like in job.batch.items()}
     batch = {name: jax.device_put(value, job.batch[name].sharding) for name, value in rows.items()}
     state, frozen = job.place(params)

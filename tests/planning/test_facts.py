@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from flexjax import hardware, stages
+from flexjax import hardware, jobs
 from flexjax.model import transformer
 from flexjax.planning import facts, planner
 from tests.planning import conftest
@@ -35,7 +35,7 @@ def small(phase, mesh, **train):
 def test_predicted_argument_bytes_are_those_of_the_live_arrays(phase, mesh):
     config = small(phase, mesh)
     job = conftest.program(config)
-    state, frozen = job.place(transformer.init(stages.planned(config), 0))
+    state, frozen = job.place(transformer.init(jobs.architecture(config), 0))
     rows = {name: np.zeros(like.shape, like.dtype) for name, like in job.batch.items()}
     batch = {name: jax.device_put(value, job.batch[name].sharding) for name, value in rows.items()}
     held = dict.fromkeys(jax.devices(), 0)
@@ -81,7 +81,7 @@ def test_a_step_that_the_compiler_refuses_does_not_fit_and_says_what_would_help(
     monkeypatch.setattr(facts, "compiled", refuse)
     config = small("expert", {"data": 4, "fsdp": 2}, remat="none")
     machine = conftest.cpu(chip=conftest.CHIP)
-    architecture = stages.planned(config)
+    architecture = jobs.architecture(config)
     plan = planner.make(config, architecture, machine, planner.Options(), planner.lower(config, architecture, machine))
     assert not plan["fits"] and plan["facts"]["peak"] == 20 * 2**30
     assert 1 <= len(plan["advice"]) <= 3

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from flexjax import config as config_lib
-from flexjax import errors, hardware, sharding, stages
+from flexjax import errors, hardware, jobs, sharding
 from flexjax.planning import collectives, facts, roofline, search, topology
 from tests.planning import conftest
 
@@ -92,7 +92,7 @@ def test_an_unknown_topology_lists_those_that_are_known(name):
 def test_search_prefers_what_fits_and_then_what_is_fast():
     config = conftest.job("expert", "7b")
     machine = topology.parse("v5e:4x4", analytic=True)
-    found = search.rank(config, stages.planned(config), machine)
+    found = search.rank(config, jobs.architecture(config), machine)
     assert [one.fits for one in found] == sorted((one.fits for one in found), reverse=True)
     fitting = [one for one in found if one.fits]
     assert fitting and [one.seconds for one in fitting] == sorted(one.seconds for one in fitting)
@@ -102,7 +102,14 @@ def test_search_prefers_what_fits_and_then_what_is_fast():
     assert best.train.accumulation == fitting[0].accumulation
 
 
+def test_search_without_figures_goes_by_memory():
+    config = conftest.job("joint")
+    found = search.rank(config, jobs.architecture(config), conftest.cpu())
+    assert [one.peak for one in found] == sorted(one.peak for one in found)
+    assert {one.mesh["expert"] for one in found} > {1, 2}
+
+
 def test_search_says_when_no_mesh_divides_the_job():
     config = conftest.job("public", batch_size=3)
     with pytest.raises(errors.ConfigError, match=r"train\.batch_size=3"):
-        search.rank(config, stages.planned(config), topology.parse("v5e:4x4", analytic=True))
+        search.rank(config, jobs.architecture(config), topology.parse("v5e:4x4", analytic=True))

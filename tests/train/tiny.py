@@ -75,7 +75,7 @@ def batch(step=0, batch_size=BATCH_SIZE, uneven=False):
 def params_of(name):
     """Parameters of an architecture, biases at -0.2."""
     params = tree.flatten(jax.jit(lambda: transformer.init(ARCHITECTURES[name], 1), compiler_options=QUICK)())
-    return tree.unflatten({path: leaf - 0.2 if path.endswith("bias") else leaf for path, leaf in params.items()})
+    return tree.unflatten({path: np.asarray(leaf - 0.2 if path.endswith("bias") else leaf) for path, leaf in params.items()})
 
 
 def settings(name, **changes):

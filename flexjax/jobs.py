@@ -1,0 +1,56 @@
+"""What a job trains and on which text, from its config alone: before there is an anchor, a model or a corpus."""
+
+from flexjax import config as config_lib
+from flexjax import errors
+from flexjax.experts import surgery
+from flexjax.model import transformer
+
+
+def public_config(config: config_lib.Config) -> config_lib.Config:
+    """The job that trains the anchor of another job; what concerns experts only is at its default."""
+    return config_lib.Config(
+        phase="public",
+        seed=config.seed,
+        model=config.model,
+        data=config.data,
+        anchor=config_lib.AnchorConfig(rows=config.anchor.rows, statistics_tokens=config.anchor.statistics_tokens),
+        train=config.anchor.train,
+    )
+
+
+def mixture_weights(mixture: config_lib.MixtureConfig) -> dict[str, float]:
+    """Public text at its fraction, the experts' domains sharing the rest.
+
+    Raises:
+      ConfigError: the fraction is no share, or there is no expert.
+    """
+    if not 0 <= mixture.public_fraction <= 1 or not mixture.experts:
+        raise errors.ConfigError(
+            f"mixture.public_fraction={mixture.public_fraction} must lie in [0, 1], beside one expert at least"
+        )
+    rest = (1 - mixture.public_fraction) / len(mixture.experts)
+    return {config_lib.PUBLIC: mixture.public_fraction, **{name: rest for name in mixture.experts}}
+
+
+def architecture(config: config_lib.Config) -> transformer.Architecture:
+    """What a job would train, before there is an anchor or a model on disk.
+
+    Raises:
+      ConfigError: shapes, names or the number of active experts make no model.
+    """
+    bank, shapes = config_lib.Bank, config.model
+    public = transformer.dense_banks(shapes)
+    names, width = config.mixture.experts, config.expert.d_ff or shapes.d_ff
+    if config.phase == "public":
+        return surgery.architecture(shapes, public, top_k=1)
+    if config.phase == "expert":
+        return surgery.architecture(shapes, (*public, bank(config.expert.name, (config.expert.name,), width)), top_k=2)
+    if config.phase == "joint":
+        ((name, members),) = joint_groups(config).items()
+        return surgery.architecture(shapes, (bank(name, members, shapes.d_ff, biased=False),), config.mixture.top_k)
+    return surgery.architecture(shapes, (*public, bank(f"w{shapes.d_ff}", names, shapes.d_ff)), top_k=len(names) + 1)
+
+
+def joint_groups(config: config_lib.Config) -> dict[str, tuple[str, ...]]:
+    """The bank of a joint model: all experts in one, `public` among them, so that they can live apart."""
+    return {"joint": (config_lib.PUBLIC, *config.mixture.experts)}
