@@ -1,6 +1,6 @@
 """Makes every plan of `benchmarks/plans/` that is not there yet for today's program, and the table that compares them.
 
-JAX_PLATFORMS=cpu python -m benchmarks.plans [--only=TEXT]     (needs `libtpu`; one to five minutes for each plan)
+python -m benchmarks.plans [--only=TEXT]     (needs `libtpu`; one to five minutes for each plan)
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main() -> None:
     (HOME / "README.md").write_text("\n".join(page) + "\n")
 
 
-INTRODUCTION = """Made by `JAX_PLATFORMS=cpu python -m benchmarks.plans`, without a TPU: each is the very step that trains,
+INTRODUCTION = """Made by `python -m benchmarks.plans`, without a TPU: each is the very step that trains,
 compiled by the TPU's own compiler. Memory, FLOPs and collectives are the compiler's; times and MFU are a roofline
 estimate that no run has confirmed, with its assumptions in each plan. Each row's file has the rest."""
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -87,14 +88,18 @@ def compilation_cache(directory: os.PathLike[str]) -> None:
 
 
 def _out_of_memory(message: str) -> str:
-    """What was asked for and what there was, as far as the runtime says."""
-    asked = re.search(r"(?:allocate|allocating|reserve|Used) ([\d.]+ ?[KMGT]?i?B?(?:ytes)?(?: bytes)?)", message)
+    """What was asked for and what there was, as far as the runtime says, and the command that plans the same job."""
+    asked = re.search(r"(?:allocate|allocating|reserve|Used) ([\d.]+ ?[KMGT]?i?B?)", message)
+    said = asked[1].strip() if asked else "more"
+    size = f"{int(said) / 2**30:.1f} GiB" if said.isdigit() else said
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    job = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    plan = shlex.join(["python", "-m", "flexjax.plan", *job, f"--topology={device.platform}:{jax.device_count()}"])
     return (
-        f"out of memory: asked for {asked[1].strip() if asked else 'more than there is'}, a {device.platform} device of this "
-        f"machine has {limit / 2**30:.1f} GiB in all; see what would fit: python -m flexjax.plan with the same --config"
+        f"out of memory: asked for {size}, a {device.platform} device has {limit / 2**30:.1f} GiB; "
+        f"smaller batches help, and so may another mesh: {plan}"
     )
 
 

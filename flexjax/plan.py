@@ -5,7 +5,7 @@ python -m flexjax.plan --config=configs/public.py --topology=cpu:8 --config.mesh
 python -m flexjax.plan --config=configs/joint_moe.py:7b --topology=gpu:64 --gpu=h100 --config.mesh.fsdp=64
 
 It compiles the very step that trains, for the machine, where there is a compiler: for TPUs the wheel `libtpu`, which works
-on any host (the extra `plan`; with JAX_PLATFORMS=cpu). Elsewhere, and with --analytic, it uses formulas. Exit code 2: it
+on any host (the extra `plan`). Elsewhere, and with --analytic, it uses formulas. Exit code 2: it
 does not fit. With --report=FILE.md, the plan is kept there and beside it as JSON, and not made again.
 """
 
@@ -47,6 +47,7 @@ FORMULAS = ("analytic.py", "advice.py")  # and where a compiler answers, these
 
 def main(argv: list[str]) -> None:
     """Plans a job, or the best meshes for it."""
+    command.use_cpu()
     if argv:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --topology=v5e:16x16")
     if not TOPOLOGY.value or not flags.FLAGS["config"].present:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -37,7 +38,7 @@ def look_up(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: An
     """Embeds tokens. On a mesh, each device looks its columns up for all sequences of its group, then they are exchanged:
     as many bytes as the activations, where gathering the table would move the vocabulary."""
     if mesh is None or sharding.trivial(mesh):
-        return embedding[tokens].astype(dtype)
+        return jnp.asarray(embedding)[tokens].astype(dtype)
     group = sharding.RULES["embed"]
 
     def local(columns: Array, tokens: Array) -> Array:

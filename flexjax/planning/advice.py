@@ -26,8 +26,11 @@ def best(
     config: config_lib.Config, architecture: transformer.Architecture, machine: topology.Topology, build: Build
 ) -> list[Change]:
     """The three changes that save most, largest first; those that save nothing are left out."""
-    before = analytic.estimate(build(config, architecture, machine), machine.chip, why="").peak
-    found = []
+    job, found = build(config, architecture, machine), []
+    before = analytic.estimate(job, machine.chip, why="").peak
+    config = copy.deepcopy(config)
+    for axis, size in job.mesh.shape.items():  # where the config says 0, what the others leave
+        setattr(config.mesh, axis, size)
     for text, changed, where in _changes(config, machine):
         try:
             after = analytic.estimate(build(changed, architecture, where), machine.chip, why="").peak
@@ -42,8 +45,7 @@ def _changes(
     config: config_lib.Config, machine: topology.Topology
 ) -> Iterator[tuple[str, config_lib.Config, topology.Topology]]:
     mesh, train, count = config.mesh, config.train, len(machine.devices)
-    data = mesh.data or max(1, count // (mesh.fsdp * mesh.tensor * mesh.expert))
-    rows = train.batch_size // (data * mesh.fsdp * mesh.expert)  # of a device in a step
+    data, rows = mesh.data, train.batch_size // (mesh.data * mesh.fsdp * mesh.expert)  # rows of a device in a step
 
     def copied() -> config_lib.Config:
         return copy.deepcopy(config)
@@ -78,6 +80,6 @@ def _changes(
         changed.mesh.frozen = "sharded"
         yield "mesh.frozen=sharded: frozen weights are split like the others", changed, machine
     changed = copied()
-    changed.mesh.data, changed.mesh.fsdp = data, 2 * mesh.fsdp
+    changed.mesh.fsdp = 2 * mesh.fsdp
     devices = [topology.OnPaper(i) for i in range(2 * count)]
     yield f"twice the devices, mesh.fsdp={2 * mesh.fsdp}", changed, dataclasses.replace(machine, devices=devices)

@@ -67,8 +67,8 @@ def find(module: hlo.Module, axes: Axes) -> list[Collective]:
             seen.add(key)
         computation = module.computations[step.computation]
         given = sum(array.bytes for name in instruction.operands for array in computation[name].arrays)
-        if kind == "ragged-all-to-all":  # rows, the buffer they go to, and their sizes and offsets
-            given = computation[instruction.operands[0]].arrays[0].bytes
+        if kind == "ragged-all-to-all":  # rows, the buffer they go to, sizes and offsets: one of the two has spare rows
+            given = min(computation[name].arrays[0].bytes for name in instruction.operands[:2])
         names, size = spanned(instruction, axes)
         if size > 1:
             found.append(Collective(kind, names, size, _sent(kind, given, size), step.times, instruction.source))

@@ -110,6 +110,7 @@ def text(title: str, plan: Plan) -> str:
     lines += ["", f"{'collectives':<20} {'axes':<24} {'times':>9} {'sent':>12}"]
     for one in plan["facts"]["collectives"]:
         lines.append(f"{one['kind']:<20} {', '.join(one['axes']):<24} {one['times']:>9,} {size(one['bytes']):>12}")
+    lines += _uncounted(plan)
     if not plan["fits"]:
         lines += ["", "does not fit; what would help most, by the formulas:"]
         lines += [f"  {change['text']} (saves {size(change['saves'])})" for change in plan["advice"]]
@@ -119,6 +120,11 @@ def text(title: str, plan: Plan) -> str:
     if plan["roofline"]:
         lines += ["", "The estimate assumes:", *(f"- {line}" for line in roofline.ASSUMPTIONS)]
     return "\n".join(lines)
+
+
+def _uncounted(plan: Plan) -> list[str]:
+    names = plan["facts"]["uncounted"]
+    return ["", f"Not in the FLOPs, or for one trip only: {', '.join(names)}."] if names else []
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
@@ -140,8 +146,7 @@ def markdown(title: str, plan: Plan) -> str:
     if plan["facts"]["largest"]:
         buffers = [(size(b["bytes"]), f"`{b['shape']}`", f"`{b['source']}`") for b in plan["facts"]["largest"]]
         lines += ["", *table(("bytes", "largest buffers", "from"), buffers)]
-    if plan["facts"]["uncounted"]:
-        lines += ["", f"FLOPs not counted, or for one trip only: {', '.join(plan['facts']['uncounted'])}."]
+    lines += _uncounted(plan)
     if plan["roofline"]:
         lines += ["", "The estimate assumes:", "", *(f"- {line}" for line in roofline.ASSUMPTIONS)]
     return "\n".join(lines) + "\n"
@@ -151,7 +156,7 @@ def candidates(found: Iterable[Any]) -> list[str]:
     """The rows of a search: mesh, micro-batches, memory and time by formulas."""
     return [
         f"{' x '.join(f'{axis} {size}' for axis, size in one.mesh.items()):<42} frozen {one.frozen:<10} "
-        f"accumulation {one.accumulation:<5} {one.peak / GIB:>8.2f} GiB  {one.seconds:>8.2f} s"
+        f"accumulation {one.accumulation:<5} {size(one.peak):>12}  {f'{one.seconds:.2f} s' if one.seconds else '':>9}"
         f"{'' if one.fits else '  does not fit'}"
         for one in found
     ]

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 
+import jax
 import pytest
 
+from flexjax import command
 from tests.commands import zygote
 from tests.commands.conftest import MATH, snapshot
 
@@ -106,3 +108,24 @@ def test_interrupt(commands, tiny, anchor, tmp_path):
     last = rest.splitlines()[-1]
     assert last.startswith("stopped: ") and "saved step" in last and "start the same command again" in last
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 395940212088 bytes."), "asked for 368.7 GiB"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.1G of 15.75G hbm."), "asked for 20.1G"),
+        (MemoryError("no"), "asked for more"),
+    ],
+)
+def test_out_of_memory_says_what_was_asked_and_how_to_plan(error, size, monkeypatch, capsys):
+    def main(_):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["main", "--config.train.steps=3"])
+    monkeypatch.setattr(command, "_parse", lambda argv: [])
+    with pytest.raises(SystemExit) as ended:
+        command.run(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: out of memory: ") and len(said.splitlines()) == 1
+    assert size in said and "python -m flexjax.plan --config.train.steps=3 --topology=cpu:8" in said

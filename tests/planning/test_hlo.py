@@ -211,6 +211,14 @@ def test_an_asynchronous_collective_counts_once_and_a_fused_reduce_scatter_is_on
     }
 
 
+def test_a_ragged_exchange_sends_the_rows_that_there_are():
+    text = "ENTRY %main (a: bf16[16,4], b: bf16[64,4]) -> bf16[64,4] {\n"
+    text += "  %a = bf16[16,4]{1,0} parameter(0)\n  %b = bf16[64,4]{1,0} parameter(1)\n"
+    text += "  ROOT %r = bf16[64,4]{1,0} ragged-all-to-all(%a, %b), channel_id=1, replica_groups=[4,4]<=[2,4,2]T(0,2,1)\n}\n"
+    found = collectives.table(collectives.find(hlo.Module(text), AXES))
+    assert found == {("ragged-all-to-all", ("fsdp",)): (1, 16 * 4 * 2 * 3 / 4)}
+
+
 def test_collectives_of_a_sharded_scan_are_those_it_needs():
     """Weights over fsdp are gathered once a layer, partial sums over tensor reduced once a layer."""
     mesh = sharding.make_mesh(config_lib.MeshConfig(fsdp=4, tensor=2))
