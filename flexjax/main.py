@@ -38,15 +38,14 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError("--config is missing; for instance --config=configs/math_expert.py")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     config = check(CONFIG.value, file)
-    hosts.join({f"config.{field}": str(value) for field, value in config_lib.to_dict(config).items()})
     where = WORKDIR.value or default_workdir(file)
+    hosts.join({"workdir": where} | {f"config.{name}": str(value) for name, value in config_lib.to_dict(config).items()})
+    mesh = sharding.make_mesh(config.mesh)
     if not workdir.is_local(where):
         raise errors.ConfigError(f"--workdir={where} is no local directory; train locally, then copy expert/ or model/ there")
     directory = workdir.create(where)
-    if distributed.count() == 1:
-        signal.signal(signal.SIGTERM, _stop)  # between the training loops, which have their own handler
+    signal.signal(signal.SIGTERM, _stop)  # between the training loops, which have their own handler
     command.compilation_cache(directory / "compiled")
-    mesh = sharding.make_mesh(config.mesh)
     options = loop.Options(mesh, FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
     with workdir.lock(directory) if distributed.is_main() else contextlib.nullcontext():
         run(config, directory, options, file)
