@@ -5,6 +5,7 @@ python -m benchmarks.plans [--only=TEXT]     (needs `libtpu`; one to five minute
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import subprocess
 import sys
@@ -67,7 +68,7 @@ SMALLEST = [
 ]
 GROWTH = [  # with layers, then with devices; the 32-layer plan on 256 chips belongs to both
     dataclasses.replace(_plan(EXPERT, "math_expert", V5E, {"fsdp": 256}, 4, f"--config.model.num_layers={layers}"), name=name)
-    for layers in (8, 16, 64)
+    for layers in (8, 16)
     if (name := f"growth-{layers}-layers")
 ] + [
     dataclasses.replace(
@@ -92,6 +93,7 @@ def main() -> None:
     page += ["\n## The paper's jobs on 256 v5e and 128 v5p chips\n", *_table(MAIN)]
     page += ["\n## The smallest slice on which an owner can train a full 7B expert\n", *_table(SMALLEST)]
     page += ["\n## How memory and compile time grow with layers and chips\n", *_growth()]
+    page += ["\n## The formulas of `--analytic` and `--search` beside the compiler\n", *_formulas()]
     (HOME / "README.md").write_text("\n".join(page) + "\n")
 
 
@@ -166,6 +168,30 @@ def _growth() -> list[str]:
         "HLO lines",
     )
     return report.table(head, body)
+
+
+def _formulas() -> list[str]:
+    body = []
+    for plan in MAIN + SMALLEST:
+        if (found := _saved(plan)) is None:
+            continue
+        arguments = [part for part in plan.command if not part.startswith("--report")]
+        command = [sys.executable, "-m", "flexjax.plan", *arguments, "--analytic", "--json"]
+        out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
+        guess = json.loads(out.splitlines()[-1])
+        body.append(
+            (
+                plan.title,
+                plan.topology,
+                report.size(guess["facts"]["peak"]),
+                report.size(found["facts"]["peak"]),
+                f"{sum(guess['facts']['flops'].values()) / sum(found['facts']['flops'].values()):.2f}",
+                f"{guess['roofline']['step']:.1f} s",
+                f"{found['roofline']['step']:.1f} s",
+            )
+        )
+    head = ("job", "machine", "memory, formulas", "memory, compiler", "FLOPs, formulas / compiler", "step, formulas")
+    return report.table((*head, "step, compiled program"), body)
 
 
 if __name__ == "__main__":

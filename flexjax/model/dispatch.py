@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flexjax import config as config_lib
-from flexjax import errors, sharding
+from flexjax import errors, hardware, sharding
 from flexjax.model import exchange, kernels, router
 
 Ffn = dict[str, Array]  # gate, up [E, D, F] and down [E, F, D]
@@ -38,7 +38,7 @@ def _experts(
         first = groups.stop
 
         def grouped(rows: Array, weight: Array, groups: slice = groups) -> Array:
-            return kernels.grouped_matmul(rows, weight, starts[groups], sizes[groups], kernel)
+            return kernels.grouped_matmul(rows, weight, starts[groups] if groups.start else None, sizes[groups], kernel)
 
         gate, up = (checkpoint_name(grouped(x, ffn[part]), KEPT) for part in ("gate", "up"))
         y = y + grouped(jax.nn.silu(gate) * up, ffn["down"])
@@ -154,17 +154,20 @@ def _gather(leaf: Array, names: tuple[str, ...], split: jax.sharding.PartitionSp
 
 
 def resolve(transport: str, mesh: Mesh) -> str:
-    """The transport that a mesh gets: "auto" is ragged on TPU, padded elsewhere.
+    """The transport that a mesh gets: "auto" is ragged on TPUs whose links form a 3D torus (v5p), padded elsewhere.
+
+    The compiler refuses a ragged exchange over a whole v5e pod; on smaller flat slices it can be asked for.
 
     Raises:
       ConfigError: the transport is unknown, or the devices cannot do it.
     """
-    platform = mesh.devices.flat[0].platform
+    platform, chip = mesh.devices.flat[0].platform, hardware.of_device(mesh.devices.flat[0].device_kind)
     if transport not in TRANSPORTS:
         raise errors.ConfigError(f"mesh.transport is '{transport}', expected one of {', '.join(TRANSPORTS)}")
     if transport == "ragged" and platform != "tpu":
         raise errors.ConfigError(f"mesh.transport 'ragged' needs TPUs, these devices are {platform}; take 'padded' or 'auto'")
-    return ("ragged" if platform == "tpu" else "padded") if transport == "auto" else transport
+    best = "ragged" if platform == "tpu" and chip is not None and chip.dimensions == 3 else "padded"
+    return best if transport == "auto" else transport
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,10 @@ def project(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, ".
     return jnp.dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[1])
 
 
+def _begin(starts: Array | None, sizes: Array) -> Array:
+    return jnp.cumsum(sizes) - sizes if starts is None else starts
+
+
 def _fold(starts: Array, sizes: Array, group: int, step: Callable[[Array, Array, Array], Array], initial: Array) -> Array:
     """Folds `step(carry, first_row, rows_that_count)` over the blocks of one group."""
 
@@ -56,7 +60,8 @@ def _pad(x: Array) -> Array:
     return jnp.pad(x, ((0, BLOCK_ROWS), (0, 0)))  # a block never reaches past the end, where a slice would be moved
 
 
-def _matmul_by_blocks(x: Array, w: Array, starts: Array, sizes: Array, *, transpose: bool = False) -> Array:
+def _matmul_by_blocks(x: Array, w: Array, starts: Array | None, sizes: Array, *, transpose: bool = False) -> Array:
+    starts = _begin(starts, sizes)
     rows, padded = x.shape[0], _pad(x)
     out = jnp.zeros_like(x, shape=(rows + BLOCK_ROWS, w.shape[1 if transpose else 2]))
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
@@ -82,32 +87,50 @@ def _weight_grad_by_blocks(x: Array, dy: Array, starts: Array, sizes: Array) -> 
     return jnp.stack([_fold(starts, sizes, group, step, zero) for group in range(sizes.shape[0])]).astype(x.dtype)
 
 
-def _backward_by_blocks(x: Array, w: Array, starts: Array, sizes: Array, dy: Array) -> tuple[Array, Array]:
-    dx = _matmul_by_blocks(dy, w, starts, sizes, transpose=True)
-    return dx, _weight_grad_by_blocks(x, dy, starts, sizes)
+def _backward_by_blocks(x: Array, w: Array, starts: Array | None, sizes: Array, dy: Array) -> tuple[Array, Array]:
+    starts = _begin(starts, sizes)
+    return _matmul_by_blocks(dy, w, starts, sizes, transpose=True), _weight_grad_by_blocks(x, dy, starts, sizes)
 
 
-def _members(rows: int, starts: Array, sizes: Array) -> Array:
+def _members(rows: int, starts: Array | None, sizes: Array) -> Array:
     """[R, G]: whether a row belongs to a group."""
+    starts = _begin(starts, sizes)
     row = jnp.arange(rows)[:, None]
     return (starts[None] <= row) & (row < (starts + sizes)[None])
 
 
-def _ragged(x: Array, w: Array, starts: Array, sizes: Array) -> Array:
+@jax.custom_vjp
+def _turn(x: Float[Array, "R D"], by: Int[Array, ""]) -> Float[Array, "R D"]:
+    """Row i becomes row i - by, round and round: `jnp.roll` and its gradient would hold every row twice."""
+    return x[(jnp.arange(x.shape[0]) + by) % x.shape[0]]
+
+
+def _turn_forward(x: Array, by: Array) -> tuple[Array, Array]:
+    return _turn(x, by), by
+
+
+def _turn_backward(by: Array, dy: Array) -> tuple[Array, None]:
+    return _turn(dy, -by), None
+
+
+_turn.defvjp(_turn_forward, _turn_backward)
+
+
+def _ragged(x: Array, w: Array, starts: Array | None, sizes: Array) -> Array:
     w = jnp.where(sizes[:, None, None] > 0, w, 0)  # where every group is computed, an unused one may hold NaN
-    rolled = jax.lax.ragged_dot(jnp.roll(x, -starts[0], axis=0), w, sizes)
     belongs = _members(x.shape[0], starts, sizes).any(axis=1, keepdims=True)
-    return jnp.where(belongs, jnp.roll(rolled, starts[0], axis=0), 0)  # what a kernel leaves of rows it skips is not said
+    y = jax.lax.ragged_dot(x if starts is None else _turn(x, starts[0]), w, sizes)
+    return jnp.where(belongs, y if starts is None else _turn(y, -starts[0]), 0)  # nobody says what is left of other rows
 
 
-def _backward_ragged(x: Array, w: Array, starts: Array, sizes: Array, dy: Array) -> tuple[Array, Array]:
+def _backward_ragged(x: Array, w: Array, starts: Array | None, sizes: Array, dy: Array) -> tuple[Array, Array]:
     belongs = _members(x.shape[0], starts, sizes).any(axis=1, keepdims=True)
     x, dy = jnp.where(belongs, x, 0), jnp.where(belongs, dy, 0)
     dx, dw = jax.vjp(lambda x, w: _ragged(x, w, starts, sizes), x, w)[1](dy)
     return jnp.where(belongs, dx, 0), jnp.where(sizes[:, None, None] > 0, dw, 0)
 
 
-def _dense(x: Array, w: Array, starts: Array, sizes: Array) -> Array:
+def _dense(x: Array, w: Array, starts: Array | None, sizes: Array) -> Array:
     member = _members(x.shape[0], starts, sizes)
     y = jnp.zeros_like(x, shape=(x.shape[0], w.shape[2]))
     for group in range(w.shape[0]):
@@ -115,7 +138,7 @@ def _dense(x: Array, w: Array, starts: Array, sizes: Array) -> Array:
     return y
 
 
-def _backward_dense(x: Array, w: Array, starts: Array, sizes: Array, dy: Array) -> tuple[Array, Array]:
+def _backward_dense(x: Array, w: Array, starts: Array | None, sizes: Array, dy: Array) -> tuple[Array, Array]:
     member = _members(x.shape[0], starts, sizes)
     dw = []
     for group in range(w.shape[0]):
@@ -139,7 +162,7 @@ KERNELS = {
 }
 
 
-def _by_platform(kernel: str, direction: str, *args: Array) -> Any:
+def _by_platform(kernel: str, direction: str, *args: Array | None) -> Any:
     if kernel != "auto":
         return getattr(KERNELS[kernel], direction)(*args)
     ways = {platform: getattr(KERNELS[names[0]], direction) for platform, names in CANDIDATES.items()}
@@ -149,7 +172,7 @@ def _by_platform(kernel: str, direction: str, *args: Array) -> Any:
 def grouped_matmul(
     x: Float[Array, "R D"],
     w: Float[Array, "G D F"],
-    starts: Int[Array, " G"],
+    starts: Int[Array, " G"] | None,
     sizes: Int[Array, " G"],
     kernel: str = "auto",
 ) -> Float[Array, "R F"]:
@@ -157,22 +180,22 @@ def grouped_matmul(
 
     Args:
       x, w: of one dtype.
-      starts, sizes: the groups follow each other without a gap, from starts[0] on.
+      starts, sizes: the groups follow each other without a gap, from starts[0] on; None is the first row.
       kernel: a key of `KERNELS`, or "auto": by the platform that the program is compiled for.
     """
     return _grouped_matmul(kernel, x, w, starts, sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(kernel: str, x: Array, w: Array, starts: Array, sizes: Array) -> Array:
+def _grouped_matmul(kernel: str, x: Array, w: Array, starts: Array | None, sizes: Array) -> Array:
     return _by_platform(kernel, "forward", x, w, starts, sizes)
 
 
-def _forward(kernel: str, x: Array, w: Array, starts: Array, sizes: Array) -> tuple[Array, tuple[Array, ...]]:
+def _forward(kernel: str, x: Array, w: Array, starts: Array | None, sizes: Array) -> tuple[Array, tuple[Array | None, ...]]:
     return _grouped_matmul(kernel, x, w, starts, sizes), (x, w, starts, sizes)
 
 
-def _backward(kernel: str, saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, None, None]:
+def _backward(kernel: str, saved: tuple[Array | None, ...], dy: Array) -> tuple[Array, Array, None, None]:
     dx, dw = _by_platform(kernel, "backward", *saved, dy)
     return dx, dw, None, None
 

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from flexjax import hardware, sharding, tree
+from flexjax.model import attention, losses
 from flexjax.planning import collectives, facts
 from flexjax.train import flops, program
 
-QUERIES = 512  # of the scores that attention holds at once, elsewhere than on CPU
-LOGIT_ROWS = 1024  # tokens whose logits the head holds at once
 GATHERED_AHEAD = 2  # layers whose weights are whole at once: the next is fetched while one computes
 
 
@@ -27,6 +26,7 @@ class Step:
         settings, architecture = job.settings, job.architecture
         self.job, self.mesh, self.config = job, job.mesh, architecture.config
         self.micro = accumulation
+        self.in_blocks = False  # whether attention holds the scores of some queries only, as on TPU
         rows, self.length = job.batch["tokens"].shape
         self.sequences = rows / (self.micro * sharding.size(job.mesh, *sharding.BATCH))
         self.tokens = self.sequences * self.length
@@ -74,6 +74,7 @@ def estimate(job: program.Program, chip: hardware.Chip | None, why: str, accumul
       accumulation: micro-batches; 0: those of the job.
     """
     step = Step(job, accumulation or job.settings.accumulation)
+    step.in_blocks = chip is not None and chip.dimensions > 0 and step.length % attention.QUERY_BLOCK == 0
     dtype, executed = {2: "bf16", 4: "f32"}[step.c], _executed(step)
     found = facts.Facts(
         method=f"formulas ({why})",
@@ -100,11 +101,11 @@ def temporaries(step: Step) -> float:
     inner += 4 * step.rows * config.d_model * c  # sent, received, computed and sent back
     kept = config.num_layers * {"full": residual, "dots": residual + inner, "none": 3 * residual + 2 * inner}[remat]
     on_cpu = step.mesh.devices.flat[0].platform == "cpu"
-    queries = step.length if on_cpu or step.length % QUERIES else QUERIES
+    queries = attention.QUERY_BLOCK if step.in_blocks else step.length
     scores = 3 * step.sequences * config.num_heads / step.tensor * queries * step.length * 4
     if remat == "none":
         kept += config.num_layers * scores / 3 * step.length / queries
-    rows = min(LOGIT_ROWS, t)
+    rows = min(losses.CHUNK_ROWS, t)
     logits = 2 * rows * config.vocab_size / step.tensor * 4 + step.head_trained * 4
     weights = GATHERED_AHEAD * step.layer_fetched * c + step.head_fetched * c
     if c < 4:

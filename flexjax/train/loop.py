@@ -16,7 +16,7 @@ from flexjax import checkpoint as checkpoint_lib
 from flexjax import config as config_lib
 from flexjax import distributed, errors, sharding, tree, workdir
 from flexjax.data import pipeline as pipeline_lib
-from flexjax.model import kernels, router, transformer
+from flexjax.model import dispatch, kernels, router, transformer
 from flexjax.train import flops, metrics, program
 
 
@@ -84,6 +84,10 @@ def train(
         train_step = job.compile()
         distributed.barrier("compiled")  # the connections that the first step opens do not wait long
     log.note(f"{title}: {sharding.describe(mesh)}, compiled in {clock.seconds['compiling']:.1f} s")
+    if architecture.sparse and mesh.size > 1:
+        tokens = tokens_per_step // settings.accumulation // sharding.size(mesh, *sharding.BATCH)
+        shape = (tokens, architecture.top_k, architecture.config.d_model, settings.compute_dtype)
+        log.note(f"{title}: exchange of tokens: {dispatch.buffer_bound(architecture.banks, mesh, *shape)}")
 
     def record(step: int, values: dict[str, Any]) -> None:
         """Reads the metrics of a finished step; called after the next one was dispatched."""

@@ -162,3 +162,13 @@ def test_without_a_right_kernel_there_is_no_start(monkeypatch):
         errors.NumericError, match=r"no grouped matmul is right on cpu \('blocks' refused: a wrong value; 'dense'"
     ):
         kernels.self_test()
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_groups_from_the_first_row_need_no_starts(kernel):
+    random = np.random.default_rng(5)
+    x, w, dy = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((40, 6), (3, 6, 5), (40, 5)))
+    sizes = jnp.array([9, 0, 20], jnp.int32)
+    given = compiled(kernel)(x, w, jnp.cumsum(sizes) - sizes, sizes, dy)
+    for a, b in zip(given, compiled(kernel)(x, w, None, sizes, dy), strict=True):
+        assert np.array_equal(a, b)
