@@ -63,7 +63,7 @@ class Checkpoints:
         """
         self.wait()
         pending = self.directory / f"{PENDING}{step}"
-        if (self.directory / str(step) / COMMIT).exists():
+        if distributed.main_says("committed", (self.directory / str(step) / COMMIT).exists):
             return
         snapshot = jax.tree.map(jnp.copy, state)  # the next step may reuse the buffers that it is given
         try:
@@ -72,6 +72,8 @@ class Checkpoints:
             distributed.barrier("checkpoint")
             with _plain_files():
                 response = ocp.save_async(pending / "state", snapshot)
+        except errors.Preempted:  # another process is gone: no fault of the storage
+            raise
         except Exception as error:
             raise self._storage_error(step, _first_line(error)) from None
         self._writer = threading.Thread(target=self._finish, args=(step, pending, response, describe(state), facts))
@@ -109,15 +111,7 @@ class Checkpoints:
           IntegrityError: a file is missing, damaged or unknown, or the arrays are not those of `like`.
         """
         home = self.directory / str(step)
-        commit = self._commit(step)
-        expected, found = _without_slots(describe(like)), _without_slots(commit["arrays"])
-        for path in sorted(set(expected) | set(found)):
-            if expected.get(path) != found.get(path):
-                raise errors.IntegrityError(
-                    f"{home}: array {path} is {found.get(path, 'absent')}, this run needs {expected.get(path, 'none')}; "
-                    "resume with the config that wrote it"
-                )
-        self._verify(home, commit["files"])
+        self._check(step, like)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         try:
             with _slots_may_differ():
@@ -129,7 +123,21 @@ class Checkpoints:
 
     def verify(self, step: int) -> None:
         """Raises IntegrityError, naming the file, if a committed step is not as it was written."""
-        self._verify(self.directory / str(step), self._commit(step)["files"])
+        self._check(step, None)
+
+    def _check(self, step: int, like: Any) -> None:
+        """Raises, in all processes, what one of them finds wrong with its share of a step."""
+        said = ""
+        try:
+            commit = self._commit(step)
+            if like is not None:
+                _check_arrays(self.directory / str(step), commit["arrays"], like)
+            self._verify(self.directory / str(step), commit["files"])
+        except errors.IntegrityError as error:
+            said = str(error)
+        for problem in distributed.exchange("verify", said):
+            if problem:
+                raise errors.IntegrityError(problem)
 
     def set_aside(self, steps: Iterable[int]) -> None:
         """Renames committed steps that turned out to be damaged; they are steps no more, and nobody deletes them."""
@@ -150,6 +158,8 @@ class Checkpoints:
             if distributed.is_main():
                 self._commit_step(step, pending, {"step": step, "facts": facts, "arrays": arrays})
             self._together(lambda: None)
+        except errors.Preempted as error:
+            self._failure = error
         except Exception as error:
             self._failure = self._storage_error(step, _first_line(error))
 
@@ -158,6 +168,8 @@ class Checkpoints:
         said = ""
         try:
             work()
+        except errors.Preempted:
+            raise
         except Exception as error:
             said = _first_line(error)
         for process, problem in enumerate(distributed.exchange("checkpoint", said)):
@@ -166,9 +178,11 @@ class Checkpoints:
 
     def _commit_step(self, step: int, pending: epath.Path, content: dict[str, Any]) -> None:
         files: dict[str, str] = {}
-        for share in sorted(pending.glob(f"{SHARE}*.json")):
+        for share in sorted(entry for entry in pending.iterdir() if entry.name.startswith(SHARE)):
             files |= json.loads(share.read_bytes())
             share.unlink()
+        if unread := _files(pending) - set(files):
+            raise OSError(f"{sorted(unread)[0]} was written but read back by no process")
         (pending / COMMIT).write_bytes(tree.canonical_json(_sealed(content | {"files": files})))
         workdir.sync_below(pending)
         target = self.directory / str(step)
@@ -200,9 +214,8 @@ class Checkpoints:
         for name in sorted(found ^ set(files)):
             state = "is missing" if name in files else "was not written by this run"
             raise errors.IntegrityError(f"{home / name} {state}; pass --fall_back to use the next older step")
-        damaged = [name for name in _share(files) if workdir.file_digest(home / name) != files[name]]
-        for names in distributed.exchange("verify", damaged):
-            for name in names:
+        for name in _share(files):
+            if workdir.file_digest(home / name) != files[name]:
                 raise errors.IntegrityError(f"{home / name} is damaged; pass --fall_back to use the next older step")
 
     def _sweep(self) -> None:
@@ -232,6 +245,16 @@ def describe(state: Any) -> dict[str, str]:
     """{path: "dtype[shape]"} of every array of a state."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _check_arrays(home: epath.Path, arrays: dict[str, str], like: Any) -> None:
+    expected, found = _without_slots(describe(like)), _without_slots(arrays)
+    for path in sorted(set(expected) | set(found)):
+        if expected.get(path) != found.get(path):
+            raise errors.IntegrityError(
+                f"{home}: array {path} is {found.get(path, 'absent')}, this run needs {expected.get(path, 'none')}; "
+                "resume with the config that wrote it"
+            )
 
 
 def _without_slots(arrays: dict[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import jax
 from absl import flags, logging
 
 from flexjax import config as config_lib
-from flexjax import distributed, errors
+from flexjax import distributed, errors, hardware
 
 BROKEN_PIPE = 141
 INTERRUPTED = 130
@@ -95,12 +95,21 @@ def _out_of_memory(message: str) -> str:
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"out of memory: asked for {size}, a {device.platform} device has {limit / 2**30:.1f} GiB; {_advice(device)}"
+
+
+def _advice(device: jax.Device) -> str:
+    """What helps; for a job, with the command that plans it on such devices."""
     job = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
-    plan = shlex.join(["python", "-m", "flexjax.plan", *job, f"--topology={device.platform}:{jax.device_count()}"])
-    return (
-        f"out of memory: asked for {size}, a {device.platform} device has {limit / 2**30:.1f} GiB; "
-        f"smaller batches help, and so may another mesh: {plan}"
-    )
+    if not any(argument.startswith("--config=") for argument in job):
+        return "smaller batches help, and so may a mesh of more devices"
+    chip = hardware.of_device(device.device_kind)
+    machine = [f"--topology={device.platform}:{jax.device_count()}"]
+    if chip is not None and chip.dimensions:
+        machine = [f"--topology={chip.name}:SLICE"]
+    elif chip is not None:
+        machine += [f"--gpu={chip.name}"]
+    return f"smaller batches help, and so may another mesh: {shlex.join(['python', '-m', 'flexjax.plan', *job, *machine])}"
 
 
 def _close_stdout() -> None:

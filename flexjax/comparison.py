@@ -52,19 +52,19 @@ def evaluate(
         "max_kilobytes": settings.max_kilobytes,
         "seq_len": config.data.seq_len,
     }
-    saved = workdir.read_json(directory / "evaluation.json")
+    saved = distributed.main_says("evaluation", lambda: workdir.read_json(directory / "evaluation.json"))
     if saved is not None and saved["key"] == key:
         distributed.say("evaluation: finished, skipped")
         kept = saved["scores"]
         return {s.label: {domain: bits_per_byte.Score(**kept[s.label][domain]) for domain in texts} for s in subjects}
     distributed.say(f"evaluation: scoring {', '.join(settings.domains)}")
-    result = {}
-    for subject in subjects:
-        model = subject.load(mesh)
-        scorer = bits_per_byte.Scorer(*model, config.data.seq_len, settings.batch_size, config.train.compute_dtype, mesh)
-        result[subject.label] = {
-            domain: scorer.score(source, settings.max_kilobytes * 1000) for domain, source in texts.items()
-        }
+
+    def score(subject: Subject) -> dict[str, bits_per_byte.Score]:  # one model at a time is held
+        seq_len, dtype = config.data.seq_len, config.train.compute_dtype
+        scorer = bits_per_byte.Scorer(*subject.load(mesh), seq_len, settings.batch_size, dtype, mesh)
+        return {domain: scorer.score(source, settings.max_kilobytes * 1000) for domain, source in texts.items()}
+
+    result = {subject.label: score(subject) for subject in subjects}
     plain = {label: {d: dataclasses.asdict(score) for d, score in found.items()} for label, found in result.items()}
     if distributed.is_main():
         workdir.write_json(directory / "evaluation.json", {"key": key, "scores": plain})

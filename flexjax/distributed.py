@@ -14,7 +14,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -132,7 +132,7 @@ def is_main() -> bool:
     return index() == 0
 
 
-def exchange(name: str, value: Any, timeout: float = 3600) -> list[Any]:
+def exchange(name: str, value: Any, timeout: float = LONGEST_WORK) -> list[Any]:
     """Gives a JSON value of at most some kB to the others, and returns everybody's, by process.
 
     Every process must call it, equally often for each name; one name is used by one thread at a time.
@@ -151,7 +151,7 @@ def exchange(name: str, value: Any, timeout: float = 3600) -> list[Any]:
         return _peers.exchange(name, value, timeout)
 
 
-def barrier(name: str, timeout: float = 3600) -> None:
+def barrier(name: str, timeout: float = LONGEST_WORK) -> None:
     """Returns when every process has come here; otherwise as `exchange`."""
     exchange(f"barrier {name}", None, timeout)
 
@@ -235,11 +235,16 @@ def finish(code: int = 0) -> None:
         _peers.finish(code)
 
 
+def main_says(name: str, look: Callable[[], Any]) -> Any:
+    """What process 0 finds, a JSON value, in all: others may see a shared directory a moment later than it is."""
+    return exchange(name, look() if is_main() else None)[0]
+
+
 @contextlib.contextmanager
 def main_first(name: str) -> Iterator[None]:
     """Around work whose result all processes find on disk: process 0 does it while the others wait, then they follow."""
     if not is_main():
-        barrier(name, LONGEST_WORK)
+        barrier(name)
     yield
     if is_main():
         barrier(name)

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     if not MODEL.value or not DATA.value:
         raise errors.ConfigError("evaluate needs --model=DIR and --data=NAME=PATH")
     texts = _texts(DATA.value)
-    hosts.join({})
+    settings = MODEL, DATA, EXPERTS, SEQ_LEN, BATCH_SIZE, MAX_KILOBYTES, TOP_K, TEXT_FIELD, TOKEN_DTYPE, MESH
+    hosts.join({f"--{holder.name}": holder.value for holder in settings})
     mesh = sharding.make_mesh(hosts.mesh_sizes(MESH.value))
     anchor, architecture, params = models.load_any(MODEL.value, TOP_K.value, mesh)
     if TOP_K.value not in (None, architecture.top_k):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -16,7 +17,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from
 LOG_ALL = flags.DEFINE_bool("log_all", False, "All processes log, not process 0 alone.")
 
 
-def join(facts: dict[str, str]) -> None:
+def join(facts: dict[str, Any]) -> None:
     """Joins the other processes, if there are any, before a device is used.
 
     Args:
@@ -29,7 +30,7 @@ def join(facts: dict[str, str]) -> None:
         _keep_stdout()
     distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value)
     distributed.log_all(LOG_ALL.value)
-    distributed.agree(facts | distributed.versions())
+    distributed.agree({name: str(value) for name, value in facts.items()} | distributed.versions())
     if distributed.count() > 1:
         distributed.agree({"device": jax.local_devices()[0].device_kind, "local devices": str(jax.local_device_count())})
 

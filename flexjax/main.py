@@ -20,7 +20,7 @@ from flexjax import command, comparison, distributed, errors, hosts, jobs, memor
 from flexjax import config as config_lib
 from flexjax.data import sources
 from flexjax.experts import manifest, models, store
-from flexjax.train import loop
+from flexjax.train import loop, program
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The job: configs/NAME.py[:variant].")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where everything is written; default runs/<config>-<variant>.")
@@ -32,6 +32,7 @@ JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, la
 def main(argv: list[str]) -> None:
     """Runs all stages of the job in its directory."""
     memory.keep_freed()
+    signal.signal(signal.SIGTERM, _stop)  # between the training loops, which have their own handler
     if argv:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --config=configs/math_expert.py")
     if not flags.FLAGS["config"].present:
@@ -39,12 +40,13 @@ def main(argv: list[str]) -> None:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     config = check(CONFIG.value, file)
     where = WORKDIR.value or default_workdir(file)
-    hosts.join({"workdir": where} | {f"config.{name}": str(value) for name, value in config_lib.to_dict(config).items()})
+    facts = {"workdir": where, "fall_back": FALL_BACK.value, "allow_schedule_change": ALLOW_SCHEDULE_CHANGE.value}
+    facts |= {f"config.{name}": value for name, value in config_lib.to_dict(config).items()}
+    hosts.join(facts)
     mesh = sharding.make_mesh(config.mesh)
     if not workdir.is_local(where):
         raise errors.ConfigError(f"--workdir={where} is no local directory; train locally, then copy expert/ or model/ there")
     directory = workdir.create(where)
-    signal.signal(signal.SIGTERM, _stop)  # between the training loops, which have their own handler
     command.compilation_cache(directory / "compiled")
     options = loop.Options(mesh, FALL_BACK.value, ALLOW_SCHEDULE_CHANGE.value)
     with workdir.lock(directory) if distributed.is_main() else contextlib.nullcontext():
@@ -117,6 +119,7 @@ def _public(config: config_lib.Config, directory: epath.Path, options: loop.Opti
         corpora = sources.Corpora(config, directory, store.tokenizer_path(given), distributed.say)
         anchor = stages.prepare_stage(config, given, corpora, directory / "anchor", options.mesh)
         return Outcome([comparison.of_anchor(anchor)], corpora, {})
+    program.check(config.train, jobs.architecture(config), options.mesh)
     corpora = sources.Corpora(config, directory, None, distributed.say)
     anchor = stages.public_stage(config, corpora, directory, options)
     return Outcome([comparison.of_anchor(anchor)], corpora, {"anchor": directory})
@@ -155,6 +158,8 @@ def _beside_anchor(
 ) -> tuple[store.Artefact, sources.Corpora, dict[str, epath.Path]]:
     """Opens or trains the anchor, and lets it decide the model's shapes and the tokenizer."""
     if not config.anchor.path:
+        for job in (jobs.public_config(config), config):  # before any text is tokenised
+            program.check(job.train, jobs.architecture(job), options.mesh)
         stages.check_claim(jobs.public_config(config), directory / "public", options)
         stages.claim(config, directory, options)
     anchor = stages.anchor(config, directory, options)
@@ -163,6 +168,7 @@ def _beside_anchor(
         if value != getattr(shapes, name):
             distributed.say(f"note: the anchor's shapes count: model.{name} is {getattr(shapes, name)}, not {value}")
     config.model, config.anchor.rows = shapes, anchor.manifest["rows"]
+    program.check(config.train, jobs.architecture(config), options.mesh)
     stages.claim(config, directory, options)
     runs = {} if config.anchor.path else {"anchor": directory / "public"}
     return anchor, sources.Corpora(config, directory, store.tokenizer_path(anchor), distributed.say), runs

@@ -8,12 +8,14 @@
 Every dimension of a parameter or an activation has a logical name; `RULES` says over which mesh axes a name is split.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexjax import config as config_lib
@@ -139,11 +141,21 @@ def put(x: Any, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def from_main(x: np.ndarray) -> np.ndarray:
+    """What process 0 computed, in all: libraries on other hosts may differ in the last digit."""
+    return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
 def fetch(x: Any) -> np.ndarray:
     """An array of the mesh as every process's own; all processes must ask for it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         assert isinstance(x.sharding, NamedSharding)  # the only kind that we lay
-        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x).addressable_data(0)
+        x = _everywhere(x.sharding.mesh)(x).addressable_data(0)
     return np.asarray(x)
 
 

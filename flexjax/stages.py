@@ -27,7 +27,7 @@ def check_claim(config: config_lib.Config, directory: epath.Path, options: loop.
     saved = workdir.read_json(directory / "config.json")
     current = config_lib.to_dict(config)
     finished = any(_finished(directory / part) for part in ("anchor", "expert", "model"))
-    if saved is not None and (finished or any((directory / "checkpoints").glob("*/commit.json"))):
+    if saved is not None and (finished or _begun(directory / "checkpoints")):
         try:
             config_lib.check_same_run(saved, current, options.allow_schedule_change)
         except errors.ConfigError as error:
@@ -283,8 +283,12 @@ def _complete(
     return tree.unflatten({path: leaf for path, leaf in flat.items() if path.startswith(below)})
 
 
+def _begun(checkpoints: epath.Path) -> bool:
+    return checkpoints.exists() and any((step / "commit.json").exists() for step in checkpoints.iterdir())
+
+
 def _finished(home: epath.Path) -> bool:
-    return (home / manifest.FILE).exists()
+    return bool(distributed.main_says("finished", lambda: (home / manifest.FILE).exists()))
 
 
 def _made_of(config: config_lib.Config, stream: pipeline.Pipeline, start: str) -> dict[str, Any]:

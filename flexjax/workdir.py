@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from flexjax import errors
+from flexjax import distributed, errors
 
 BLOCK_BYTES = 2**22
 SYNC_THREADS = 16
@@ -26,11 +26,12 @@ def is_local(path: epath.PathLike) -> bool:
 
 
 def create(path: epath.PathLike) -> epath.Path:
-    """Makes a directory and checks that it can be written."""
+    """Makes a directory and checks that it can be written; of several processes, process 0 does it for all."""
     directory = epath.Path(path)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if is_local(directory):
+        if distributed.is_main():
+            directory.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main() and is_local(directory):
             probe = directory / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
@@ -38,6 +39,7 @@ def create(path: epath.PathLike) -> epath.Path:
         raise errors.StorageError(
             f"cannot write to {directory}: {error.strerror or error}; choose another --workdir or fix its permissions"
         ) from None
+    distributed.barrier("create")
     return directory
 
 

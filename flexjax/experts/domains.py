@@ -12,6 +12,7 @@ All but `logistic` are scaled per layer to unit logits on public states, since t
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
@@ -74,23 +75,26 @@ def states(
     rng = np.random.default_rng(seed)
     windows = [_window(source, int(document), seq_len, rng) for document in documents]
     per_document = -(-count // len(windows))
+    # position 0 is the EOS before the document; padding lies behind it, unseen by causal attention
+    drawn = [rng.integers(1, len(window), per_document) for window in windows]
+    rows = sharding.sharding(mesh, ("batch", None))
 
     @jax.jit
-    def run(params: tree.Tree, tokens: jax.Array) -> jax.Array:
+    def run(params: tree.Tree, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         kept = transformer.forward(params, tokens, architecture, compute, keep_states=True).states
-        assert kept is not None
-        return sharding.constrain(kept, mesh, None, "batch", None, None)
+        assert kept is not None  # of all positions: they stay on their devices
+        kept = sharding.constrain(kept, mesh, None, "batch", None, None)
+        return jnp.take_along_axis(kept, positions[None, :, :, None], axis=2)
 
     collected = []
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
         ids = np.full((batch, seq_len), source.eos_id, np.int32)
+        positions = np.zeros((batch, per_document), np.int32)
         for row, window in enumerate(group):
-            ids[row, : len(window)] = window
-        found = sharding.fetch(run(params, sharding.put(ids, sharding.sharding(mesh, ("batch", None)))))
-        for row, window in enumerate(group):
-            # position 0 is the EOS before the document; padding lies behind it, unseen by causal attention
-            collected.append(found[:, row, rng.integers(1, len(window), per_document)])
+            ids[row, : len(window)], positions[row] = window, drawn[first + row]
+        found = sharding.fetch(run(params, sharding.put(ids, rows), sharding.put(positions, rows)))
+        collected += list(found[:, : len(group)].swapaxes(0, 1))
     everything = np.concatenate(collected, axis=1)
     return everything[:, np.sort(rng.permutation(everything.shape[1])[:count])]
 

@@ -141,6 +141,7 @@ def _plan(
     with jax.numpy_dtype_promotion("standard"):  # as NumPy stacks experts that were published in different dtypes
         shapes = jax.eval_shape(join, shared, {name: _shapes(holder, "expert") for name, holder in holders.items()})
     architecture = surgery.architecture(store.config_of(anchor), banks, top_k)
+    sharding.check(transformer.splits(architecture), mesh)
     shapes = jax.eval_shape(lambda params: placement.pad(params, architecture, mesh), shapes)
     places = tree.flatten(sharding.of_state(shapes, transformer.logical_axes(architecture), mesh))
     members = {bank.name: bank.experts for bank in banks}

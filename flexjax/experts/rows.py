@@ -4,7 +4,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
+from flexjax import errors, sharding, tree
 from flexjax.data import tokens
 from flexjax.experts import domains, models, store
 from flexjax.model import transformer
@@ -56,5 +56,5 @@ def domain_row(
     architecture, params = models.load_anchor(anchor, mesh)
     mine = domains.states(architecture, params, source, documents, config.data.seq_len, public.shape[1], seed, mesh)
     if method == "logistic":
-        return domains.logistic_rows(mine, public)
-    return domains.scaled(mine.mean(axis=1), public)
+        return sharding.from_main(domains.logistic_rows(mine, public))
+    return sharding.from_main(domains.scaled(mine.mean(axis=1), public))

@@ -8,7 +8,7 @@ size follows from its shape, its SHA-256 is the slice's digest, and nothing need
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -34,22 +34,24 @@ class TensorWriter:
 
     def put(self, path: str, dtype: str, shape: tuple[int, ...], slices: Iterable[np.ndarray]) -> None:
         """Writes one tensor from consecutive pieces along its first axis, of any length each."""
+        if not self._writes:
+            for _ in slices:
+                pass  # only helps to fetch them
+            return
         itemsize = ITEMSIZE[dtype]
         chunk = tree.chunk_shape(path, shape, itemsize)
         home = self.root / path
         try:
-            if self._writes:
-                home.mkdir(parents=True, exist_ok=True)
-                (home / "zarr.json").write_bytes(zarr_metadata(dtype, shape, chunk))
+            home.mkdir(parents=True, exist_ok=True)
+            (home / "zarr.json").write_bytes(zarr_metadata(dtype, shape, chunk))
             digests = []
             for index, rows in enumerate(_regroup(slices, chunk[0])):
                 rows = np.ascontiguousarray(rows).astype(np.dtype(dtype).newbyteorder("<"), copy=False)
                 padding = np.zeros((chunk[0] - rows.shape[0], *chunk[1:]), rows.dtype)
                 data = (np.concatenate([rows, padding]) if padding.size else rows).tobytes()
                 target = home / slice_file(index, len(shape))
-                if self._writes:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(data)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
                 digests.append(tree.sha256(data))
         except OSError as error:
             raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
@@ -57,10 +59,16 @@ class TensorWriter:
             raise errors.IntegrityError(f"tensor {path}: {len(digests)} slices came, its shape {shape} needs another number")
         self.entries[path] = {"dtype": dtype, "shape": list(shape), "slices": digests}
 
-    def put_tree(self, values: tree.Tree) -> None:
-        """Writes all leaves of a tree of arrays."""
+    def put_tree(self, values: tree.Tree, check: Callable[[str, np.ndarray], None] = lambda path, rows: None) -> None:
+        """Writes all leaves of a tree of arrays; `check(path, rows)` may raise before a slice is written."""
         for path, leaf in tree.flatten(values).items():
-            self.put(path, leaf.dtype.name, leaf.shape, pieces(path, leaf))
+            self.put(path, leaf.dtype.name, leaf.shape, _checked(path, leaf, check))
+
+
+def _checked(path: str, leaf: Any, check: Callable[[str, np.ndarray], None]) -> Iterator[np.ndarray]:
+    for rows in pieces(path, leaf):
+        check(path, rows)
+        yield rows
 
 
 def pieces(path: str, leaf: Any) -> Iterator[np.ndarray]:

@@ -201,12 +201,16 @@ def write_bundle(
     directory: epath.PathLike, name: str, anchor: Artefact, expert: tree.Tree, training: dict[str, Any]
 ) -> Artefact:
     """Writes one expert: its FFN, router row and effective bias (never above 0)."""
-    for path, leaf in tree.flatten(expert).items():
-        for piece in slices.pieces(path, leaf):
-            check_content(path, piece, f"expert '{name}'")
-    return stream_bundle(
-        directory, name, anchor, surgery.width(expert), lambda writer: writer.put_tree({"expert": expert}), training
-    )
+
+    def put(writer: slices.TensorWriter) -> None:
+        writer.put_tree({"expert": expert}, lambda path, rows: check_content(path, rows, f"expert '{name}'"))
+
+    try:
+        return stream_bundle(directory, name, anchor, surgery.width(expert), put, training)
+    except errors.IntegrityError:
+        if distributed.is_main():
+            epath.Path(directory).rmtree()  # what was begun; it has no manifest
+        raise
 
 
 def stream_bundle(

@@ -3,8 +3,8 @@
 Grouped: rows of `x` that belong to group g lie together, from `starts[g]` on, `sizes[g]` of them; groups may be empty, and
 rows that belong to no group give zeros. Three kernels do it:
 
-    blocks  works a group off in blocks of rows with its weights held in place, so the cost follows the rows that exist:
-            nothing is dropped, nothing is padded, no weight is copied
+    blocks  works a group off in blocks of rows, so the cost follows the rows that exist: nothing is dropped and the last
+            block of a group alone is padded; XLA copies a group's weights once, as part of reading them
     ragged  `jax.lax.ragged_dot`: a kernel of its own on TPU. On CPU, and where else XLA has none, every row is multiplied by
             every group and zeros are added up, so that a NaN in one group's weights reaches the rows of all
     dense   multiplies every row by every group and selects: slow, and right everywhere

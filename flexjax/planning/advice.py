@@ -33,12 +33,23 @@ def best(
         setattr(config.mesh, axis, size)
     for text, changed, where in _changes(config, machine):
         try:
-            after = analytic.estimate(build(changed, architecture, where), machine.chip, why="").peak
+            after = analytic.estimate(build(changed, _shaped(architecture, changed), where), machine.chip, why="").peak
         except errors.ConfigError:
             continue  # this mesh does not divide this model
         if after < before:
             found.append(Change(text, before - after))
     return sorted(found, key=lambda change: -change.saves)[:COUNT]
+
+
+def _shaped(architecture: transformer.Architecture, config: config_lib.Config) -> transformer.Architecture:
+    """The architecture with experts of the width that the config says."""
+    if not config.expert.d_ff or config.phase != "expert":
+        return architecture
+    banks = [
+        bank if bank.name == config_lib.PUBLIC else dataclasses.replace(bank, d_ff=config.expert.d_ff)
+        for bank in architecture.banks
+    ]
+    return dataclasses.replace(architecture, banks=tuple(banks))
 
 
 def _changes(
@@ -79,7 +90,17 @@ def _changes(
         changed = copied()
         changed.mesh.frozen = "sharded"
         yield "mesh.frozen=sharded: frozen weights are split like the others", changed, machine
+    if config.data.seq_len > 1:
+        changed = copied()
+        changed.data.seq_len = config.data.seq_len // 2
+        yield f"data.seq_len={changed.data.seq_len}: windows of half the length", changed, machine
+    if config.phase == "expert" and (width := (config.expert.d_ff or config.model.d_ff) // 2):
+        changed = copied()
+        changed.expert.d_ff = width
+        yield f"expert.d_ff={width}: an expert of half the width", changed, machine
     changed = copied()
     changed.mesh.fsdp = 2 * mesh.fsdp
+    changed.train.accumulation = again = min(train.accumulation, max(1, rows // 2))
     devices = [topology.OnPaper(i) for i in range(2 * count)]
-    yield f"twice the devices, mesh.fsdp={2 * mesh.fsdp}", changed, dataclasses.replace(machine, devices=devices)
+    said = f"twice the devices, mesh.fsdp={2 * mesh.fsdp} train.accumulation={again}"
+    yield said, changed, dataclasses.replace(machine, devices=devices)

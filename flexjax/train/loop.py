@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,14 +60,15 @@ def train(
     settings, mesh = config.train, options.mesh
     job = program.Program(architecture, settings, mesh, config.mesh, config.data.seq_len, _kernel(architecture, title))
     rows, clock = sharding.local_rows(mesh, settings.batch_size), metrics.Clock()
-    state, frozen = job.place(params)
-    del params  # what was cast or donated is not held twice
     checkpoints = checkpoint_lib.Checkpoints(directory / "checkpoints", settings.keep)
     missing = max(1, settings.keep + 1 - len(checkpoints.steps()))  # one more than are kept, while it is written
-    workdir.need_space(directory, checkpoint_lib.size(state) * missing, f"{missing} checkpoints")
+    workdir.need_space(directory, checkpoint_lib.size(job.state) * missing, f"{missing} checkpoints")
     facts = {"config": config_lib.to_dict(config), "data": pipeline.identity() | {"origin": origin}}
+    distributed.agree({"data": tree.sha256(tree.canonical_json(facts["data"]))[:12]})
     with clock.lost("restoring"):
-        state = _resume(checkpoints, state, facts, options)
+        restored = _resume(checkpoints, job.state, facts, options)
+        state, frozen = job.place(params, restored)
+    del params  # what was cast or donated is not held twice
     start = int(state.step)
     cost = flops.per_token(architecture, state.trainable, config.data.seq_len)
     tokens_per_step = settings.batch_size * config.data.seq_len
@@ -151,28 +151,28 @@ def _kernel(architecture: transformer.Architecture, title: str) -> str:
     return name
 
 
-def _resume(checkpoints: checkpoint_lib.Checkpoints, state: Any, facts: dict[str, Any], options: Options) -> Any:
-    """The newest committed state, or the given one if there is none."""
+def _resume(checkpoints: checkpoint_lib.Checkpoints, like: Any, facts: dict[str, Any], options: Options) -> Any:
+    """The newest committed state, as the shapes `like` say, or None if there is none."""
     damaged = []
-    for step in reversed(checkpoints.steps()):
+    for step in reversed(distributed.main_says("steps", checkpoints.steps)):
         try:
             saved = checkpoints.facts(step)
             changed = config_lib.check_same_run(saved["config"], facts["config"], options.allow_schedule_change)
             for change in changed:
-                print(f"warning: schedule changed by request: {change}", file=sys.stderr)
+                distributed.say(f"warning: schedule changed by request: {change}")
             pipeline_lib.check_identity(saved["data"], facts["data"])
-            restored = checkpoints.restore(step, state)
+            restored = checkpoints.restore(step, like)
         except errors.IntegrityError as error:
             if not options.fall_back:
                 raise
-            print(f"warning: {error}; step {step} is passed over", file=sys.stderr)
+            distributed.say(f"warning: {error}; step {step} is passed over")
             damaged.append(step)
         else:
             checkpoints.set_aside(damaged)  # or the run would find them again where it is about to write
             return restored
     if damaged:
         raise errors.IntegrityError(f"{checkpoints.directory}: no committed step is intact; remove them to begin from scratch")
-    return state
+    return None
 
 
 @dataclasses.dataclass

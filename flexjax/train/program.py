@@ -77,19 +77,23 @@ class Program:
         step = step_lib.make_step(architecture, compute, settings, self.optimizer, head in tree.flatten(trainable))
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), sharding.sharding(mesh, ())))
 
-    def place(self, params: tree.Tree) -> tuple[step_lib.TrainState, tree.Tree]:
-        """The state before the first step and the frozen leaves, on the mesh, of a whole model with effective biases.
+    def place(self, params: tree.Tree, state: Any = None) -> tuple[step_lib.TrainState, tree.Tree]:
+        """The state and the frozen leaves, on the mesh, of a whole model with effective biases.
 
-        Arrays of the mesh that are trained are donated: nobody may use them any more.
+        Args:
+          params: arrays of the mesh that are trained are donated: nobody may use them any more.
+          state: one that was restored; None: the state before the first step.
         """
         params = placement.pad(params, self.architecture, self.mesh)
         trainable, frozen = tree.partition(params, self.settings.trainable)
+        frozen = jax.tree.map(lambda leaf, like: sharding.put(leaf.astype(like.dtype), like.sharding), frozen, self.frozen)
+        if state is not None:
+            return state, frozen
         trainable = _as_float32(router.free(trainable))
         start = jax.jit(
             lambda leaves: step_lib.init_state(leaves, self.optimizer), donate_argnums=0, out_shardings=_shardings(self.state)
         )
         placed = jax.tree.map(lambda leaf, like: sharding.put(leaf, like.sharding), trainable, self.state.trainable)
-        frozen = jax.tree.map(lambda leaf, like: sharding.put(leaf, like.sharding).astype(like.dtype), frozen, self.frozen)
         return start(placed), frozen
 
     def lower(self) -> jax.stages.Lowered:

@@ -122,10 +122,10 @@ def test_out_of_memory_says_what_was_asked_and_how_to_plan(error, size, monkeypa
     def main(_):
         raise error
 
-    monkeypatch.setattr("sys.argv", ["main", "--config.train.steps=3"])
+    monkeypatch.setattr("sys.argv", ["main", "--config=a.py", "--config.train.steps=3"])
     monkeypatch.setattr(command, "_parse", lambda argv: [])
     with pytest.raises(SystemExit) as ended:
         command.run(main)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: out of memory: ") and len(said.splitlines()) == 1
-    assert size in said and "python -m flexjax.plan --config.train.steps=3 --topology=cpu:8" in said
+    assert size in said and "python -m flexjax.plan --config=a.py --config.train.steps=3 --topology=cpu:8" in said

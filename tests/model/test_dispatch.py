@@ -395,12 +395,19 @@ def test_transports_are_chosen_by_the_target():
         dispatch.resolve("fast", mesh)
 
 
+FLAT, TORUS = "v5e:2x4", "v5p:2x2x2"
+PODS = [
+    ("ragged", FLAT, {"expert": 8}, "ragged"),
+    ("padded", FLAT, {"expert": 8}, "padded"),
+    ("ragged", FLAT, {"expert": 2, "fsdp": 2, "tensor": 2}, "ragged"),
+    ("auto", TORUS, {"expert": 4, "fsdp": 2}, "ragged"),
+    ("auto", FLAT, {"expert": 4, "data": 2}, "padded"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("transport", "sizes"),
-    [("auto", {"expert": 8}), ("padded", {"expert": 8}), ("auto", {"expert": 2, "fsdp": 2, "tensor": 2})],
-)
-def test_a_compiler_for_tpus_makes_the_exchange(monkeypatch, transport, sizes):
+@pytest.mark.parametrize(("transport", "topology", "sizes", "expected"), PODS)
+def test_a_compiler_for_tpus_makes_the_exchange(monkeypatch, transport, topology, sizes, expected):
     """Ahead of time, for machines that are not there: forward and gradient."""
     pytest.importorskip("libtpu", reason="the compiler for TPUs (package libtpu) is not installed")
     monkeypatch.undo()  # the real exchange
@@ -408,7 +415,7 @@ def test_a_compiler_for_tpus_makes_the_exchange(monkeypatch, transport, sizes):
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
-    mesh = sharding.make_mesh(config_lib.MeshConfig(**sizes), topologies.get_topology_desc("v5e:2x4", platform="tpu").devices)
+    mesh = sharding.make_mesh(config_lib.MeshConfig(**sizes), topologies.get_topology_desc(topology, platform="tpu").devices)
     X, tokens, d = mesh.shape["expert"], 256, 128
     banks = (config_lib.Bank("wide", NAMES[:5], 256), config_lib.Bank("narrow", NAMES[5:], 128))
 
@@ -428,8 +435,8 @@ def test_a_compiler_for_tpus_makes_the_exchange(monkeypatch, transport, sizes):
     h, rows = shape(("batch", None, None), 8, tokens, d), shape((None, None), 7, d, dtype=jnp.float32)
     arguments = h, ffns, rows, shape((None,), 7, dtype=jnp.float32)
     text = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).lower(*arguments).compile().as_text()
-    ragged, padded = (len(re.findall(rf" {op}(?:-start)?\(", text)) for op in ("ragged-all-to-all", "all-to-all"))
-    assert (ragged, padded) == ((0, 4) if transport == "padded" else (4, 0))
+    found = {name: len(re.findall(rf" {name}all-to-all(?:-start)?\(", text)) for name in ("ragged-", "")}
+    assert found == {"ragged-": 4 * (expected == "ragged"), "": 4 * (expected == "padded")}
     products = re.findall(r"%ragged-dot-none\S* = ", text)
     assert len(products) == 3 * 3 * len(banks)  # value and two gradients of gate, up and down
     for bank in banks:  # no device sees more than its own experts
