@@ -35,6 +35,7 @@ whole restarts 0
 [[ $mount =~ ^(gs://[^/]+|[^:/]+:/[^/].*)$ ]] || die "--mount=$mount is no mountable place; write HOST:/SHARE or gs://BUCKET"
 [[ $workdir == "$mount_point"/* ]] || die "--workdir=$workdir does not lie below --mount_point=$mount_point"
 read_topology
+((chips == 8)) && [[ $topology == v[56]e:* ]] && hosts=1 # here, eight chips of these kinds are one machine
 
 where=(--zone="$zone")
 [[ ! $project ]] || where+=(--project="$project")
