@@ -65,7 +65,9 @@ class Checkpoints:
         pending = self.directory / f"{PENDING}{step}"
         if distributed.main_says("committed", (self.directory / str(step) / COMMIT).exists):
             return
-        snapshot = jax.tree.map(jnp.copy, state)  # the next step may reuse the buffers that it is given
+        snapshot = state  # Orbax returns when the host has it, so that a device need not hold it twice,
+        if jax.default_backend() == "cpu":
+            snapshot = jax.tree.map(jnp.copy, state)  # but here host and device share the buffers that the next step reuses
         try:
             if distributed.is_main():
                 pending.mkdir()

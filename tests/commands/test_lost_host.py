@@ -19,7 +19,7 @@ STOPPED, AGAIN = 0, 75
 
 def committed(directory):
     found = directory / "checkpoints"
-    return max((int(path.parent.name) for path in found.glob("*/commit.json")), default=0)
+    return max((int(path.parent.name) for path in found.glob("*/commit.json") if path.parent.name.isdecimal()), default=0)
 
 
 def wait_for_step(directory, step, processes):
