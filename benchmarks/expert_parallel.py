@@ -3,13 +3,14 @@
     experts   forward and dx (the gradient of the input alone) of one layer on one device against the number of experts, with
               as many rows in all and 128 or more each, beside a model: rows * FLOPs / peak + weight bytes / bandwidth. Both
               constants are fitted to the rows "experts/even" of the same run, separately for forward and dx; "deviation" is
-              measured / model - 1. In "experts/drawn" tokens draw their experts, so that groups end inside blocks of rows
+              measured / model - 1. In "experts/drawn" tokens draw their experts, so that groups end inside blocks of rows.
+              The clock is CPU time, which other processes lengthen less than wall time; run it on one core (`taskset`)
     skew      the same against the share of tokens that all choose the same experts
     exchange  bytes that a token sends between eight devices, there and back, as the compiled program says for the padded
               transport and as the routing says for the ragged one, over the least: each row once to each other device that
               holds a chosen expert, and one row back
 
-python -m benchmarks.expert_parallel >> benchmarks/results/expert_parallel.jsonl
+taskset -c 1 python -m benchmarks.expert_parallel >> benchmarks/results/expert_parallel.jsonl
 """
 
 import json
@@ -80,7 +81,7 @@ def measure(choices: Choices, experts: int) -> dict[str, Any]:
 
     forward, pull = jax.jit(run), jax.jit(lambda pullback, dy: pullback(dy))
     _, pullback = jax.jit(lambda h, ffn, chosen: jax.vjp(lambda h: run(h, ffn, chosen), h))(h, ffn, chosen)
-    walls: dict[str, float] = {}
+    walls = {}
     for name, call in {
         "forward": lambda: jax.block_until_ready(forward(h, ffn, chosen)),
         "dx": lambda: jax.block_until_ready(pull(pullback, h)),
@@ -103,11 +104,11 @@ def by_experts() -> list[dict[str, Any]]:
     terms = np.array([work, [row["experts"] * 3 * D * F * 4.0 for row in rows]]).T
     fitted = slice(len(EXPERTS))
     for what in ("forward", "dx"):
-        measured = np.array([row[f"{what}_ms"] for row in rows]) / 1e3
+        measured = np.array([row[f"{what}_cpu_ms"] for row in rows]) / 1e3
         ratios = terms[fitted] / measured[fitted, None]
         inverse, *_ = np.linalg.lstsq(ratios, np.ones(len(ratios)), rcond=None)
         for row, model, seconds in zip(rows, terms @ inverse, measured, strict=True):
-            row |= {f"{what}_model_ms": 1e3 * model, f"{what}_deviation": seconds / model - 1}
+            row |= {f"{what}_model_cpu_ms": 1e3 * model, f"{what}_deviation": seconds / model - 1}
             row |= {f"{what}_peak_flops": 1 / inverse[0], f"{what}_bandwidth": 1 / inverse[1]}
     return rows
 
@@ -133,13 +134,19 @@ def by_mesh(experts: int = 8, tokens: int = 512) -> list[dict[str, Any]]:
         batch = sharding.sharding(mesh, ("batch",))
         places = (batch, {part: sharding.sharding(mesh, names) for part, names in dispatch.LOGICAL.items()}, batch)
         text = jax.jit(run, in_shardings=places).lower(h, ffn, chosen).compile().as_text()
-        sent = [c for c in collectives.find(hlo.Module(text or ""), mesh.shape) if c.axes == (exchange.AXIS,)]
+        sent = [c for c in collectives.find(hlo.Module(text), mesh.shape) if c.axes == (exchange.AXIS,)]
         device = np.arange(8 * tokens) // tokens % axis  # of the axis, that holds a token
         goes = choices // (experts // axis)
         elsewhere = goes != device[:, None]
         distinct = np.array([len(set(there[away])) for there, away in zip(goes, elsewhere, strict=True)])
         least = 2 * 4 * D * float(distinct.mean())
-        row: dict[str, Any] = {"what": "exchange", "expert_axis": axis, "experts": experts, "top_k": TOP_K, "tokens_a_device": tokens}
+        row: dict[str, Any] = {
+            "what": "exchange",
+            "expert_axis": axis,
+            "experts": experts,
+            "top_k": TOP_K,
+            "tokens_a_device": tokens,
+        }
         row |= {"least_bytes": least, "ragged_bytes": 2 * 4 * D * float(elsewhere.sum(axis=1).mean())}
         row |= {"padded_bytes": sum(c.sent for c in sent if c.kind == "all-to-all") / tokens}
         row |= {"counts_bytes": sum(c.sent for c in sent if c.kind != "all-to-all") / tokens}
@@ -151,7 +158,7 @@ def by_mesh(experts: int = 8, tokens: int = 512) -> list[dict[str, Any]]:
 def main() -> None:
     memory.keep_freed()
     rows = by_mesh() if "--exchange" in sys.argv else [*by_experts(), *by_skew()]
-    facts = throughput.machine() | {"d_model": D, "d_ff": F}
+    facts = throughput.machine() | {"cores": len(os.sched_getaffinity(0)), "d_model": D, "d_ff": F}
     for row in rows:
         print(json.dumps(row | facts), flush=True)
     if "--exchange" not in sys.argv:

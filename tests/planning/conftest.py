@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 
@@ -9,6 +10,7 @@ from configs import joint_moe, math_expert, public, router_tuning
 from flexjax import config as config_lib
 from flexjax import hardware, jobs
 from flexjax.planning import facts, planner, topology
+from tests.train import tiny
 
 CONFIGS = {"public": public, "expert": math_expert, "joint": joint_moe, "router": router_tuning}
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -38,8 +40,16 @@ def program(config, machine=None):
     return planner.build(config, jobs.architecture(config), machine or cpu())
 
 
+def look(built, quick=True):
+    """Facts of a program; `quick` leaves out what LLVM would do to it, which neither memory nor collectives depend on."""
+    lowered = facts.Lowered(built)
+    if quick:
+        lowered.stage = types.SimpleNamespace(compile=functools.partial(lowered.stage.compile, compiler_options=tiny.QUICK))
+    return facts.compiled(lowered, None, "CPU")
+
+
 @functools.cache
 def compiled(phase, variant="quickstart", mesh=tuple(CUBE.items()), **train):
     """Facts of a compiled job; equal ones are compiled once."""
     built = program(job(phase, variant, dict(mesh), **train))
-    return built, facts.compiled(facts.Lowered(built), None, "CPU")
+    return built, look(built)

@@ -15,7 +15,7 @@ from flexjax.model import transformer
 from flexjax.planning import facts
 from tests.planning import conftest
 
-MODEL = config_lib.ModelConfig(vocab_size=8192, d_model=512, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=1408)
+MODEL = config_lib.ModelConfig(vocab_size=8192, d_model=512, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=1408)
 
 
 def resident(line):

@@ -89,16 +89,17 @@ def test_formulas_are_near_the_compiler(name):
     assert 0.9 < sum(guess.flops.values()) / sum(found.flops.values()) < 1.1
 
 
+@pytest.mark.slow
 def test_lost_constraints_and_kept_activations_are_seen(monkeypatch):
     """The check of the check: what a mistake would do to a step is more than a golden allows."""
     phase, variant, mesh, accumulation = CASES["expert"]
     old = json.loads((HOME / "expert.json").read_text())
     monkeypatch.setattr(sharding, "constrain", lambda x, mesh, *names: x)
     built = conftest.program(conftest.job(phase, variant, mesh, accumulation=accumulation))
-    lost = facts.compiled(facts.Lowered(built), None, "CPU")
+    lost = conftest.look(built)
     assert [[*key] for key in collectives.table(lost.exchanges)] != [
         [kind, tuple(axes)] for kind, axes, _ in old["collectives"]
     ]
     monkeypatch.undo()
-    _, kept = conftest.compiled("public", "7b", tuple(conftest.CUBE.items()), accumulation=128, remat="none")
-    assert kept.temporaries > 1.5 * json.loads((HOME / "public-7b.json").read_text())["temporaries"]
+    _, kept = conftest.compiled("expert", "7b", tuple(conftest.CUBE.items()), accumulation=128, remat="none")
+    assert kept.temporaries > (1 + TOLERANCE) * json.loads((HOME / "expert-7b.json").read_text())["temporaries"]
