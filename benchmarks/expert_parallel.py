@@ -81,7 +81,7 @@ def measure(choices: Choices, experts: int) -> dict[str, Any]:
 
     forward, pull = jax.jit(run), jax.jit(lambda pullback, dy: pullback(dy))
     _, pullback = jax.jit(lambda h, ffn, chosen: jax.vjp(lambda h: run(h, ffn, chosen), h))(h, ffn, chosen)
-    walls = {}
+    walls: dict[str, float] = {}
     for name, call in {
         "forward": lambda: jax.block_until_ready(forward(h, ffn, chosen)),
         "dx": lambda: jax.block_until_ready(pull(pullback, h)),
@@ -134,7 +134,7 @@ def by_mesh(experts: int = 8, tokens: int = 512) -> list[dict[str, Any]]:
         batch = sharding.sharding(mesh, ("batch",))
         places = (batch, {part: sharding.sharding(mesh, names) for part, names in dispatch.LOGICAL.items()}, batch)
         text = jax.jit(run, in_shardings=places).lower(h, ffn, chosen).compile().as_text()
-        sent = [c for c in collectives.find(hlo.Module(text), mesh.shape) if c.axes == (exchange.AXIS,)]
+        sent = [c for c in collectives.find(hlo.Module(text or ""), mesh.shape) if c.axes == (exchange.AXIS,)]
         device = np.arange(8 * tokens) // tokens % axis  # of the axis, that holds a token
         goes = choices // (experts // axis)
         elsewhere = goes != device[:, None]
