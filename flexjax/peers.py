@@ -57,8 +57,10 @@ def on_abort(react: Callable[[], None] | None) -> None:
 
 def leave(line: str, code: int) -> NoReturn:
     """Ends the process at once with a line on stderr, from any thread, without a wait for anything."""
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
-    os._exit(code)
+    try:
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
+    finally:  # nobody may listen any more
+        os._exit(code)
 
 
 class Peers:

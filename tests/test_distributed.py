@@ -338,3 +338,8 @@ def test_processes_that_never_come(patient):
     job = patient["alone"]
     assert job.wait() == [2, 2]
     assert all("error: 3 processes at 127.0.0.1" in job.lines(index)[0] for index in (0, 1))
+
+
+def test_a_process_leaves_though_nobody_reads_its_stderr():
+    script = "import os; r, w = os.pipe(); os.dup2(w, 2); os.close(r); from flexjax import peers; peers.leave('stopped', 75)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 75

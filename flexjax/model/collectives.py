@@ -4,14 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flexjax import sharding, tree
 from flexjax.model import router
-
-GATHERED = "gathered weights"  # their name, so that the backward pass gathers them again rather than keep them
 
 
 def gather(leaves: tree.Tree, axes: tree.Tree, dtype: Any, mesh: Mesh | None, apart: bool) -> tree.Tree:
@@ -28,8 +25,7 @@ def gather(leaves: tree.Tree, axes: tree.Tree, dtype: Any, mesh: Mesh | None, ap
     def use(path: str, leaf: Array, names: tuple[str, ...]) -> Array:
         if "embed" not in names or (apart and "/ffn/" in path):
             return leaf
-        whole = sharding.constrain(leaf.astype(dtype), mesh, *names[1:])
-        return checkpoint_name(whole, GATHERED)
+        return sharding.constrain(leaf.astype(dtype), mesh, *names[1:])
 
     return tree.map_with_path(use, leaves, axes)
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import config as config_lib
 from flexjax import errors, sharding, tree
-from flexjax.model import attention, collectives, kernels, modules, moe, router
+from flexjax.model import attention, collectives, dispatch, kernels, modules, moe, router
 
 Params = tree.Tree
 
@@ -224,9 +224,12 @@ def expert_block(
     return h + attention.rms_norm(y, layer["norms"]["ffn"], architecture.config.norm_eps), routing
 
 
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.checkpoint_dots, jax.checkpoint_policies.save_only_these_names(dispatch.KEPT)
+)
 REMAT: dict[str, Callable[[Any], Any]] = {
     "none": lambda function: function,
-    "dots": lambda function: jax.checkpoint(function, policy=jax.checkpoint_policies.checkpoint_dots),
+    "dots": lambda function: jax.checkpoint(function, policy=PRODUCTS),
     "full": lambda function: jax.checkpoint(function),
 }
 
@@ -234,7 +237,7 @@ REMAT: dict[str, Callable[[Any], Any]] = {
 def _remat(function: Any, compute: Compute) -> Any:
     """What the backward pass computes again; a weight that was gathered is gathered again rather than kept whole."""
     if compute.remat == "none" and sharding.size(compute.mesh, *sharding.RULES["embed"]) > 1:
-        return jax.checkpoint(function, policy=jax.checkpoint_policies.save_anything_except_these_names(collectives.GATHERED))
+        return jax.checkpoint(function, policy=PRODUCTS)
     return REMAT[compute.remat](function)
 
 
