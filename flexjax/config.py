@@ -111,7 +111,7 @@ class TrainConfig:
     trainable: str = identity(".*")  # full match on the parameter path; {expert} is the expert's name
     steps: int = schedule(400)
     batch_size: int = identity(16)  # sequences per step, all devices together
-    accumulation: int = identity(1)  # micro-batches per step
+    accumulation: int = schedule(1)  # micro-batches per step; a run that goes on with fewer devices may need more
     learning_rate: float = schedule(3e-3)
     decay: str = schedule("cosine")  # or "constant"
     warmup_steps: int = schedule(20, least=0)
