@@ -63,3 +63,25 @@ def test_a_lost_host_hangs_nobody_and_loses_no_commit(tiny, cache, anchor, tmp_p
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
     print(f"\nG10: {ROUNDS} rounds, {', '.join(sorted(set(kinds)))}; the longest end took {longest:.1f} s; lost commits 0")
+
+
+@pytest.mark.reliability
+def test_a_run_goes_on_with_another_number_of_processes(tiny, cache, anchor, tmp_path):
+    def job(name):
+        job = [MATH, *tiny, f"--config.anchor.path={anchor}", f"--workdir={tmp_path / name}", "--config.mesh.fsdp=2"]
+        return [*job, "--config.train.steps=300", "--config.train.save_every=10", "--config.train.log_every=1"]
+
+    def losses(name):
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    assert [code for code, _, _ in finish(start("main", 1, job("whole"), cache))] == [STOPPED]
+    reached = 0
+    for count in (2, 4):
+        processes = start("main", count, job("moved"), cache)
+        wait_for_step(tmp_path / "moved", reached + 20, processes)
+        processes[-1].send_signal(signal.SIGTERM)
+        assert [code for code, _, _ in finish(processes)] == [AGAIN] * count
+        reached = committed(tmp_path / "moved")
+    assert [code for code, _, _ in finish(start("main", 1, job("moved"), cache))] == [STOPPED]
+    assert len(losses("moved")) == len(losses("whole")) == 300
+    assert losses("moved") == pytest.approx(losses("whole"), rel=2e-4)
