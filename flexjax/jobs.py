@@ -1,9 +1,28 @@
 """What a job trains and on which text, from its config alone: before there is an anchor, a model or a corpus."""
 
+from typing import Any
+
 from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.experts import surgery
 from flexjax.model import transformer
+
+
+def check(config: Any, file: str) -> config_lib.Config:
+    """Returns what a config file gave, resolved.
+
+    Raises:
+      ConfigError: it is no config, or a value or the phase is none that can be.
+    """
+    if not isinstance(config, config_lib.Config):
+        raise errors.ConfigError(
+            f"--config={file}: no such file, or its get_config() returns no flexjax.config.Config; see configs/public.py"
+        )
+    config_lib.check(config)
+    config_lib.resolve(config)
+    if config.phase not in config_lib.UNREAD:
+        raise errors.ConfigError(f"config.phase is '{config.phase}', expected one of {', '.join(config_lib.UNREAD)}")
+    return config
 
 
 def public_config(config: config_lib.Config) -> config_lib.Config:

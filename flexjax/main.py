@@ -63,14 +63,7 @@ def check(config: Any, file: str) -> config_lib.Config:
     Raises:
       ConfigError: it is no config, a value has the wrong type, or phase and names do not go together.
     """
-    if not isinstance(config, config_lib.Config):
-        raise errors.ConfigError(
-            f"--config={file}: no such file, or its get_config() returns no flexjax.config.Config; see configs/public.py"
-        )
-    config_lib.check(config)
-    config_lib.resolve(config)
-    if config.phase not in PHASES:
-        raise errors.ConfigError(f"config.phase is '{config.phase}', expected one of {', '.join(PHASES)}")
+    config = jobs.check(config, file)
     names = {"expert": (config.expert.name,), "joint": config.mixture.experts}.get(config.phase, ())
     for name in names:
         manifest.check_name(name)

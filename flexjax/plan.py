@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     if REPORT.value and not REPORT.value.endswith(".md"):
         raise errors.ConfigError(f"--report={REPORT.value} must end in .md; the JSON is written beside it")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
-    config = check(CONFIG.value, file)
+    config = jobs.check(CONFIG.value, file)
     topology.fake_devices(TOPOLOGY.value)
     machine = topology.parse(TOPOLOGY.value, chip(), ANALYTIC.value)
     made = None
@@ -66,21 +66,6 @@ def main(argv: list[str]) -> None:
         print(json.dumps(plan))
     if not plan["fits"]:
         raise errors.ConfigError(f"{file} on {machine.name} {report.verdict(plan)}")
-
-
-def check(config: Any, file: str) -> config_lib.Config:
-    """Returns a config, resolved.
-
-    Raises:
-      ConfigError: it is no config, or a value or the phase is none that can be.
-    """
-    if not isinstance(config, config_lib.Config):
-        raise errors.ConfigError(f"--config={file}: its get_config() returns no flexjax.config.Config; see configs/public.py")
-    config_lib.check(config)
-    config_lib.resolve(config)
-    if config.phase not in config_lib.UNREAD:
-        raise errors.ConfigError(f"config.phase is '{config.phase}', expected one of {', '.join(config_lib.UNREAD)}")
-    return config
 
 
 def chip() -> hardware.Chip | None:

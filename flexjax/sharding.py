@@ -78,11 +78,6 @@ def one_device() -> Mesh:
     return make_mesh(config_lib.MeshConfig(), jax.local_devices()[:1])
 
 
-def trivial(mesh: Mesh | None) -> bool:
-    """Whether nothing is split."""
-    return mesh is None or mesh.size == 1
-
-
 def size(mesh: Mesh | None, *axes: str) -> int:
     """The product of the sizes of mesh axes."""
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in axes], dtype=np.int64))

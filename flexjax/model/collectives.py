@@ -33,7 +33,7 @@ def gather(leaves: tree.Tree, axes: tree.Tree, dtype: Any, mesh: Mesh | None, ap
 def look_up(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any, mesh: Mesh | None) -> Float[Array, "B T D"]:
     """Embeds tokens. On a mesh, each device looks its columns up for all sequences of its group, then they are exchanged:
     as many bytes as the activations, where gathering the table would move the vocabulary."""
-    if mesh is None or sharding.trivial(mesh):
+    if mesh is None or mesh.size == 1:
         return jnp.asarray(embedding)[tokens].astype(dtype)
     group = sharding.RULES["embed"]
 
@@ -50,7 +50,7 @@ def look_up(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: An
 
 def route(h: Array, rows: Array, biases: Array, top_k: int, allowed: Array | None, mesh: Mesh | None) -> router.Routing:
     """The routing rule, by each device for its own tokens: the compiler would gather all of them to choose the top k."""
-    if mesh is None or sharding.trivial(mesh):
+    if mesh is None or mesh.size == 1:
         return router.route(h, rows, biases, top_k, allowed)
     of_batch, everywhere = sharding.spec(("batch",)), sharding.spec(())
 

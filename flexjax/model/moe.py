@@ -83,6 +83,6 @@ def apply(
     """
     if not is_sparse(routing.probabilities.shape[-1], routing.indices.shape[-1]):
         return dense(h, ffns, banks, router.dense_gates(routing), allowed, mesh=mesh)
-    if mesh is None or sharding.trivial(mesh):
+    if mesh is None or mesh.size == 1:
         return dispatch.dropless(h, ffns, banks, routing, how.kernel)
     return dispatch.sharded(h, ffns, banks, routing, mesh, how.transport, how.kernel, how.whole)

@@ -129,7 +129,7 @@ def make_gradient(
 
     def as_stored(gradients: tree.Tree) -> tree.Tree:
         """Each device keeps the part of the sum over all devices that belongs to its part of the state."""
-        if mesh is None or sharding.trivial(mesh):
+        if mesh is None or mesh.size == 1:
             return gradients
         return jax.lax.with_sharding_constraint(gradients, sharding.of_state(gradients, axes, mesh))
 
