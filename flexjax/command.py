@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 
 import jax
 from absl import flags, logging
+from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import distributed, errors, hardware
+from flexjax.data import corpus
 
 BROKEN_PIPE = 141
 INTERRUPTED = 130
@@ -154,3 +156,22 @@ def _suggestion(name: str) -> str:
     known += [f"config.{path}" for path in config_lib.classes()] if "config" in known else []
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"did you mean --{close[0]}?" if close else "see --help"
+
+
+def named_texts(entries: list[str], flag: str) -> dict[str, list[epath.Path]]:
+    """Files by name, from a flag of NAME=PATH entries.
+
+    Raises:
+      ConfigError: an entry is not of that form, or a name is given twice. DataError: no file is there.
+    """
+    texts: dict[str, list[epath.Path]] = {}
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not (name and path):
+            raise errors.ConfigError(f"--{flag} entry '{entry}' must be NAME=PATH, for instance math=validation.jsonl.gz")
+        if name in texts:
+            raise errors.ConfigError(
+                f"--{flag} names '{name}' twice; give each text its own name, or one pattern for both files"
+            )
+        texts[name] = corpus.expand(path, "", name)
+    return texts

@@ -50,19 +50,21 @@ PUBLIC = "public"
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """A group of experts of one width that are trained or frozen together.
+    """A group of experts of one size that are trained or frozen together.
 
     Attributes:
       name: the key under `params["experts"]`.
       experts: names, in the order of the leaves' expert axis.
       d_ff: hidden width of each expert's SwiGLU.
       biased: whether its routers carry a bias (the public bank is the gauge and has none).
+      rank: of what each expert adds to every matrix of `public`, whose width `d_ff` then is; 0: it has matrices of its own.
     """
 
     name: str
     experts: tuple[str, ...]
     d_ff: int
     biased: bool = True
+    rank: int = 0
 
 
 @dataclasses.dataclass
@@ -153,9 +155,21 @@ class ExpertConfig:
     """The owner's expert; its name is also the domain whose files it reads."""
 
     name: str = identity("math")
+    kind: str = identity("full")  # matrices of its own; or "low_rank": what it adds to those of the public expert
     d_ff: int = identity(0, least=0)  # 0: as wide as the public expert; narrower keeps its strongest units
+    rank: int = identity(0, least=0)  # of each matrix of a low-rank expert
     public_fraction: float = identity(0.25)  # share of windows that are public negatives
     row_documents: int = identity(1000)  # documents behind the domain row, at least 1000
+
+
+@dataclasses.dataclass
+class StatementConfig:
+    """What the owner states in the bundle's manifest, and nobody can check."""
+
+    owner: str = operations("")
+    licence: str = operations("")  # of the text, such as CC-BY-4.0
+    version: int = operations(1)  # the owner's release of this expert
+    margins: bool = operations(False)  # quantiles of the router's margin on the owner's text: a few numbers that describe it
 
 
 @dataclasses.dataclass
@@ -199,6 +213,7 @@ class Config:
     data: DataConfig = nested(DataConfig)
     anchor: AnchorConfig = nested(AnchorConfig)
     expert: ExpertConfig = nested(ExpertConfig)
+    statement: StatementConfig = nested(StatementConfig)
     mixture: MixtureConfig = nested(MixtureConfig)
     train: TrainConfig = nested(TrainConfig)
     evaluation: EvaluationConfig = nested(EvaluationConfig)
@@ -280,10 +295,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 UNREAD = {  # what a phase never reads, and so may change
-    "public": ("expert.", "mixture.", "anchor.train."),
+    "public": ("expert.", "statement.", "mixture.", "anchor.train."),
     "expert": ("mixture.", "anchor."),  # the anchor's own settings are compared where it is trained, by its digest elsewhere
-    "joint": ("expert.", "anchor."),
-    "router": ("expert.", "anchor."),
+    "joint": ("expert.", "statement.", "anchor."),
+    "router": ("expert.", "statement.", "anchor."),
 }
 
 

@@ -44,6 +44,14 @@ def _sentence(report: dict[str, Any]) -> str:
         f"{_TO.value}: {report['kind']} of {len(report['experts'])} experts ({', '.join(report['experts'])}), top_k "
         f"{report['top_k']}, {report['tensors']} tensors, {report['bytes'] / 1e9:.3f} GB"
     ]
+    for name, expanded in report.get("expanded", {}).items():
+        lines.append(
+            f"expert '{name}' of rank {expanded['rank']} is expanded to width {report['width']}; rounding to "
+            f"{expanded['dtype']} changes what it adds by {expanded['rounding']:.2%}"
+        )
+    if report.get("padded"):
+        widths = ", ".join(f"{name} ({width})" for name, width in report["padded"].items())
+        lines.append(f"padded with zeros to width {report['width']}: {widths}")
     if "bias" in report:
         bias = report["bias"]
         unit = next(key for key in bias if key.endswith("_before")).removesuffix("_before")

@@ -1,6 +1,7 @@
 """Scores a model on texts: bits per byte and routing shares, with any of its experts switched on.
 
-python -m flexjax.evaluate --model=DIR --data=NAME=PATH[,NAME=PATH...] [--experts=public,math] [--mesh=AXIS=N,...] [--json]
+python -m flexjax.evaluate --model=DIR --data=NAME=PATH[,NAME=PATH...] [--experts=public,math] [--mesh=AXIS=N,...]
+    [--policy=FILE --user=NAME] [--json]
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ from etils import epath
 
 from flexjax import command, distributed, errors, hosts, memory, sharding
 from flexjax import config as config_lib
-from flexjax.data import corpus, tokens
 from flexjax.data import tokenizer as tokenizer_lib
+from flexjax.data import tokens
 from flexjax.eval import bits_per_byte
 from flexjax.experts import models, store
+from flexjax.inference import access
 from flexjax.model import router
 
 MODEL = flags.DEFINE_string("model", None, "A merged model or an anchor.")
@@ -31,6 +33,9 @@ TEXT_FIELD = flags.DEFINE_string("text_field", "text", "The field of a JSONL lin
 TOKEN_DTYPE = flags.DEFINE_string("token_dtype", "uint16", "Of headerless .npy and .bin files.")
 MESH = flags.DEFINE_list("mesh", [], "Sizes of the mesh axes data, fsdp, tensor, expert, such as expert=4; default all data.")
 JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, last on stdout.")
+POLICY = flags.DEFINE_string("policy", None, "JSON file that says who may use which experts; needs --user.")
+USER = flags.DEFINE_string("user", None, "Who asks, as the policy names them.")
+DECISION_LOG = flags.DEFINE_string("decision_log", None, "Where decisions are logged; default POLICY.decisions.jsonl.")
 
 DEFAULT_SEQ_LEN = 1024
 
@@ -42,14 +47,16 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --model=DIR --data=NAME=PATH")
     if not MODEL.value or not DATA.value:
         raise errors.ConfigError("evaluate needs --model=DIR and --data=NAME=PATH")
-    texts = _texts(DATA.value)
-    settings = MODEL, DATA, EXPERTS, SEQ_LEN, BATCH_SIZE, MAX_KILOBYTES, TOP_K, TEXT_FIELD, TOKEN_DTYPE, MESH
+    texts = command.named_texts(DATA.value, "data")
+    settings = MODEL, DATA, EXPERTS, SEQ_LEN, BATCH_SIZE, MAX_KILOBYTES, TOP_K, TEXT_FIELD, TOKEN_DTYPE, MESH, POLICY, USER
     hosts.join({f"--{holder.name}": holder.value for holder in settings})
     mesh = sharding.make_mesh(hosts.mesh_sizes(MESH.value))
+    decision = access.admit(MODEL.value, EXPERTS.value, POLICY.value, USER.value, DECISION_LOG.value)
     anchor, architecture, params = models.load_any(MODEL.value, TOP_K.value, mesh)
     if TOP_K.value not in (None, architecture.top_k):
         raise errors.ConfigError(f"--top_k={TOP_K.value}: {MODEL.value} is an anchor and has one expert; leave the flag out")
-    experts = list(architecture.experts) if EXPERTS.value is None else EXPERTS.value
+    allowed = EXPERTS.value if decision is None else decision.granted
+    experts = list(architecture.experts if allowed is None else allowed)
     router.allowed_mask(architecture.experts, experts, 1)  # refuses unknown names before any text is read
     seq_len = SEQ_LEN.value or anchor.manifest["training"].get("seq_len", DEFAULT_SEQ_LEN)
     if type(seq_len) is not int or not 0 < seq_len <= 2**24:
@@ -68,19 +75,7 @@ def main(argv: list[str]) -> None:
             show(f"{name:<16}{score.bits_per_byte:>9.4f}   {score.num_bytes / 1000:<7.0f} {shares}")
             scores[name] = dataclasses.asdict(score)
     if JSON.value and distributed.is_main():
-        sys.stdout.write(json.dumps({"model": MODEL.value, "experts": experts, "scores": scores}) + "\n")
-
-
-def _texts(entries: list[str]) -> dict[str, list[epath.Path]]:
-    texts: dict[str, list[epath.Path]] = {}
-    for entry in entries:
-        name, _, path = entry.partition("=")
-        if not (name and path):
-            raise errors.ConfigError(f"--data entry '{entry}' must be NAME=PATH, for instance math=validation.jsonl.gz")
-        if name in texts:
-            raise errors.ConfigError(f"--data names '{name}' twice; give each text its own name, or one pattern for both files")
-        texts[name] = corpus.expand(path, "", name)
-    return texts
+        sys.stdout.write(json.dumps({"model": MODEL.value, "user": USER.value, "experts": experts, "scores": scores}) + "\n")
 
 
 if __name__ == "__main__":

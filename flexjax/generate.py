@@ -1,7 +1,7 @@
 """Continues a text with a model, with any of its experts switched on.
 
     python -m flexjax.generate --model=DIR --prompt=TEXT [--experts=public,math] [--max_new_tokens=N] [--temperature=T]
-        [--top_k=K] [--top_p=P] [--seed=N] [--json]
+        [--top_k=K] [--top_p=P] [--seed=N] [--policy=FILE --user=NAME] [--json]
 
 The prompt and its continuation stream to stdout. With --json the last line there is one object, and logs go to stderr.
 """
@@ -18,7 +18,7 @@ from absl import flags
 from flexjax import command, errors
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import models, store
-from flexjax.inference import decode
+from flexjax.inference import access, decode
 
 MODEL = flags.DEFINE_string("model", None, "A merged model or an anchor.")
 PROMPT = flags.DEFINE_string("prompt", None, "The text to continue; may be empty.")
@@ -29,6 +29,9 @@ TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among this many tokens; 0: all.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens whose probabilities reach this sum.")
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
 JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, last on stdout.")
+POLICY = flags.DEFINE_string("policy", None, "JSON file that says who may use which experts; needs --user.")
+USER = flags.DEFINE_string("user", None, "Who asks, as the policy names them.")
+DECISION_LOG = flags.DEFINE_string("decision_log", None, "Where decisions are logged; default POLICY.decisions.jsonl.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,11 +40,13 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --model=DIR --prompt=TEXT")
     if not MODEL.value or PROMPT.value is None:
         raise errors.ConfigError("generate needs --model=DIR and --prompt=TEXT")
+    decision = access.admit(MODEL.value, EXPERTS.value, POLICY.value, USER.value, DECISION_LOG.value)
+    allowed = EXPERTS.value if decision is None else decision.granted
     anchor, architecture, params = models.load_any(MODEL.value)
     tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
     request = decode.Request(
         prompt=tokenizer.encode(_text(PROMPT.value)).tolist(),
-        experts=None if EXPERTS.value is None else tuple(EXPERTS.value),
+        experts=None if allowed is None else tuple(allowed),
         temperature=TEMPERATURE.value,
         top_k=TOP_K.value,
         top_p=TOP_P.value,
@@ -64,6 +69,7 @@ def main(argv: list[str]) -> None:
     if JSON.value:
         result = {
             "model": MODEL.value,
+            "user": USER.value,
             "experts": list(architecture.experts if request.experts is None else request.experts),
             "prompt": PROMPT.value,
             "text": "".join(pieces),

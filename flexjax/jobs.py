@@ -7,6 +7,8 @@ from flexjax import errors
 from flexjax.experts import surgery
 from flexjax.model import transformer
 
+EXPERT_KINDS = ("full", "low_rank")
+
 
 def check(config: Any, file: str) -> config_lib.Config:
     """Returns what a config file gave, resolved.
@@ -59,15 +61,36 @@ def architecture(config: config_lib.Config) -> transformer.Architecture:
     """
     bank, shapes = config_lib.Bank, config.model
     public = transformer.dense_banks(shapes)
-    names, width = config.mixture.experts, config.expert.d_ff or shapes.d_ff
+    names = config.mixture.experts
     if config.phase == "public":
         return surgery.architecture(shapes, public, top_k=1)
     if config.phase == "expert":
-        return surgery.architecture(shapes, (*public, bank(config.expert.name, (config.expert.name,), width)), top_k=2)
+        return surgery.architecture(shapes, (*public, expert_bank(config)), top_k=2)
     if config.phase == "joint":
         ((name, members),) = joint_groups(config).items()
         return surgery.architecture(shapes, (bank(name, members, shapes.d_ff, biased=False),), config.mixture.top_k)
     return surgery.architecture(shapes, (*public, bank(f"w{shapes.d_ff}", names, shapes.d_ff)), top_k=len(names) + 1)
+
+
+def expert_bank(config: config_lib.Config) -> config_lib.Bank:
+    """The bank of the one expert that an owner trains.
+
+    Raises:
+      ConfigError: its kind, width and rank do not go together.
+    """
+    expert, shapes = config.expert, config.model
+    most = min(shapes.d_model, shapes.d_ff)
+    if expert.kind not in EXPERT_KINDS:
+        raise errors.ConfigError(f"expert.kind is '{expert.kind}', expected one of {', '.join(EXPERT_KINDS)}")
+    if expert.kind == "full" and expert.rank:
+        raise errors.ConfigError(f"expert.rank={expert.rank} is for low-rank experts; set expert.kind=low_rank, or no rank")
+    if expert.kind == "low_rank" and expert.d_ff:
+        raise errors.ConfigError(
+            f"expert.d_ff={expert.d_ff} with expert.kind=low_rank, which has the public width; set no d_ff"
+        )
+    if expert.kind == "low_rank" and not 1 <= expert.rank <= most:
+        raise errors.ConfigError(f"expert.rank={expert.rank} of a low-rank expert must lie between 1 and {most}")
+    return config_lib.Bank(expert.name, (expert.name,), expert.d_ff or shapes.d_ff, rank=expert.rank)
 
 
 def joint_groups(config: config_lib.Config) -> dict[str, tuple[str, ...]]:

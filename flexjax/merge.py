@@ -1,101 +1,202 @@
-"""Puts experts together, takes one out, and tells what is there: surgery on directories.
+"""Experts into a model, out of it, and everything that a coordinator of owners has to know and to prove.
 
-python -m flexjax.merge create --model=DIR --anchor=DIR --expert=DIR [--expert=DIR ...] [--top_k=K] [--dry_run]
-python -m flexjax.merge remove --model=DIR --name=NAME [--out=DIR]
-python -m flexjax.merge verify --model=DIR        (a merged model, an anchor or a bundle)
-python -m flexjax.merge show   --model=DIR
+python -m flexjax.merge create  --model=DIR --anchor=DIR --expert=DIR [--expert=DIR ...] [--top_k=K] [--dry_run]
+python -m flexjax.merge add     --model=DIR --expert=DIR [--expert=DIR ...] [--dry_run]
+python -m flexjax.merge replace --model=DIR --expert=DIR [--allow_older] [--dry_run]
+python -m flexjax.merge remove  --model=DIR --name=NAME [--out=DIR] [--dry_run]
+python -m flexjax.merge verify  --model=DIR [--trusted_keys=FILE] [--router]   (a model, an anchor or a bundle)
+python -m flexjax.merge show    --model=DIR
+python -m flexjax.merge diff    --model=DIR --other=DIR                        (two models, anchors or bundles)
+python -m flexjax.merge log     --model=DIR
+python -m flexjax.merge revert  --model=DIR [--expert=DIR ...]
+python -m flexjax.merge keygen  --key=FILE
+python -m flexjax.merge sign    --model=DIR --key=FILE                         (a model, an anchor or a bundle)
+python -m flexjax.merge card    --model=DIR                                    (a model, an anchor or a bundle)
+python -m flexjax.merge certify --model=DIR --removed=NAME [--expert=DIR ...] [--key=FILE] [--out=FILE]
+python -m flexjax.merge calibrate --model=DIR --data=PATH [--share=S] [--jointly] [--validation=NAME=PATH,...]  (or --revert)
+python -m flexjax.merge compress  --anchor=DIR --expert=DIR --out=DIR --rank=R | --width=F [--validation=NAME=PATH,...]
+
+DIR may be local or gs://. With --json the last line on stdout is one JSON object.
 """
 
 import dataclasses
 import json
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 from etils import epath
 
-from flexjax import command, errors, workdir
-from flexjax.experts import compatibility, models, store
+from flexjax import command, errors, storage, workdir
+from flexjax import config as config_lib
+from flexjax.data import corpus, tokens
+from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
+from flexjax.experts import models, store
+from flexjax.governance import (
+    calibration,
+    card,
+    certificate,
+    compatibility,
+    compression,
+    differences,
+    health,
+    history,
+    layerwise,
+    merging,
+    signatures,
+)
 
-MODEL = flags.DEFINE_string("model", None, "The merged model (verify and show also take an anchor or a bundle).")
-ANCHOR = flags.DEFINE_string("anchor", None, "create: the anchor that all experts were trained beside.")
-EXPERT = flags.DEFINE_multi_string("expert", [], "create: a bundle; repeat the flag, in any order.")
+MODEL = flags.DEFINE_string(
+    "model", None, "The merged model; verify, show, diff, sign and card also take an anchor or a bundle."
+)
+ANCHOR = flags.DEFINE_string("anchor", None, "The anchor that all experts were trained beside.")
+EXPERT = flags.DEFINE_multi_string("expert", [], "A bundle; repeat the flag, in any order.")
 NAME = flags.DEFINE_string("name", None, "remove: the expert to remove.")
-OUT = flags.DEFINE_string("out", None, "remove: write the smaller model here and leave --model as it is.")
-TOP_K = flags.DEFINE_integer("top_k", None, "create: experts per token; default all, but at most 4.")
+OUT = flags.DEFINE_string(
+    "out", None, "remove: write the smaller model here and leave --model as it is; certify, compress: what is written."
+)
+TOP_K = flags.DEFINE_integer("top_k", None, "Experts per token; default all, but at most 4; add and replace keep the model's.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what would happen.")
+POLICY = flags.DEFINE_string(
+    "anchor_policy", "strict", "Shared leaves that a bundle carries: strict refuses, report leaves out, average."
+)
+TRUSTED_KEYS = flags.DEFINE_string(
+    "trusted_keys", None, "JSON file that says which key may sign which expert; nothing else is let in."
+)
+READ_CONTENT = flags.DEFINE_bool("read_content", False, "From bucket to bucket, read every byte before the store copies it.")
+ALLOW_OLDER = flags.DEFINE_bool("allow_older", False, "replace: a bundle of a lower version than the one in the model.")
+ROUTER = flags.DEFINE_bool("router", False, "verify: also whether each expert's router row does what honest ones do.")
+OTHER = flags.DEFINE_string("other", None, "diff: what --model is compared with.")
+KEY = flags.DEFINE_string("key", None, "File of a private Ed25519 key; keygen makes it.")
+REMOVED = flags.DEFINE_string("removed", None, "certify: the expert that left.")
+DATA = flags.DEFINE_string("data", None, "calibrate: public text, .jsonl or .jsonl.gz.")
+SHARE = flags.DEFINE_float("share", calibration.SHARE, "calibrate: what an expert may take of public text beside public alone.")
+JOINTLY = flags.DEFINE_bool(
+    "jointly", False, "calibrate: fit all experts together, to --share for all; ties them to each other."
+)
+IGNORE_MARGINS = flags.DEFINE_bool(
+    "ignore_margins", False, "calibrate: lower biases even where owners' margins speak against it."
+)
+REVERT = flags.DEFINE_bool("revert", False, "calibrate: back to the owners' own biases.")
+VALIDATION = flags.DEFINE_list("validation", [], "calibrate, compress: NAME=PATH, text on which before and after are scored.")
+RANK = flags.DEFINE_integer("rank", None, "compress: rank of the delta to the public expert.")
+WIDTH = flags.DEFINE_integer("width", None, "compress: hidden units that are kept.")
 JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, last on stdout.")
 
-DEFAULT_TOP_K = 4  # the paper's quality levels off at four active experts
+SHOWN = ("steps", "tokens", "flops")
 
 
 def main(argv: list[str]) -> None:
     """Runs one verb."""
-    verbs = {"create": create, "remove": remove, "verify": verify, "show": show}
-    if len(argv) != 1 or argv[0] not in verbs:
-        raise errors.ConfigError(f"give one of {', '.join(verbs)}; for instance: merge show --model=DIR")
-    if not MODEL.value:
-        raise errors.ConfigError(f"{argv[0]} needs --model=DIR")
-    result = verbs[argv[0]]()
+    if len(argv) != 1 or argv[0] not in VERBS:
+        raise errors.ConfigError(f"give one of {', '.join(VERBS)}; for instance: merge show --model=DIR")
+    verb, needed = VERBS[argv[0]]
+    for holder, example in needed.items():
+        if not flags.FLAGS[holder].value:
+            also = ", ".join(f"--{flag}={word}" for flag, word in needed.items())
+            raise errors.ConfigError(f"{argv[0]} needs --{holder}={example}; all that it needs: {also}")
+    _result(verb())
+
+
+def _result(result: dict[str, Any]) -> None:
     if JSON.value:
         print(json.dumps(result, sort_keys=True))
 
 
 def create() -> dict[str, Any]:
     """Merges bundles with their anchor into a new model; the order of --expert does not matter."""
-    if not ANCHOR.value or not EXPERT.value:
-        raise errors.ConfigError("create needs --anchor=DIR and at least one --expert=DIR")
-    target = epath.Path(MODEL.value)
-    if (target / manifest_lib.FILE).exists():
-        raise errors.StorageError(f"{target} already holds a finished artefact; choose another --model or remove it")
-    anchor = store.open_anchor(ANCHOR.value)
-    bundles = [store.open_bundle(path, None) for path in EXPERT.value]
-    top_k = min(DEFAULT_TOP_K, len(bundles) + 1) if TOP_K.value is None else TOP_K.value
-    rows = compatibility.report(anchor, bundles, top_k)
-    print(compatibility.table(rows))
-    compatibility.check(rows)
-    bundles = [store.open_bundle(path, store.config_of(anchor)) for path in EXPERT.value]
-    result: dict[str, Any] = {"report": [dataclasses.asdict(row) for row in rows]}
-    if DRY_RUN.value:
+    return _operate(lambda terms: merging.create(MODEL.value, ANCHOR.value, EXPERT.value, TOP_K.value, terms))
+
+
+def add() -> dict[str, Any]:
+    """Adds experts: their bytes are copied, the manifest is replaced, and nothing else is touched."""
+    return _operate(lambda terms: merging.add(MODEL.value, EXPERT.value, TOP_K.value, terms))
+
+
+def replace() -> dict[str, Any]:
+    """Exchanges an expert for another bundle of its name."""
+    if len(EXPERT.value) != 1:
+        raise errors.ConfigError(f"replace exchanges one expert at a time; --expert was given {len(EXPERT.value)} times")
+    return _operate(lambda terms: merging.replace(MODEL.value, EXPERT.value[0], TOP_K.value, terms, ALLOW_OLDER.value))
+
+
+def revert() -> dict[str, Any]:
+    """Undoes the last operation; what it deleted has to be given again."""
+    return _operate(lambda terms: merging.revert(MODEL.value, EXPERT.value, terms))
+
+
+def _operate(operation: Callable[[merging.Terms], models.Model | None]) -> dict[str, Any]:
+    """Runs an operation that lets bundles in, printing the report on which it rests."""
+    said: dict[str, Any] = {"report": []}
+
+    def announce(rows: merging.Report) -> None:
+        said["report"] = [dataclasses.asdict(row) for row in rows]
+        print(compatibility.table(rows))
+
+    trust = None if TRUSTED_KEYS.value is None else signatures.load_trust(TRUSTED_KEYS.value)
+    before = storage.traffic()
+    try:
+        model = operation(merging.Terms(POLICY.value, trust, READ_CONTENT.value, announce, DRY_RUN.value))
+    except errors.FlexjaxError as error:
+        if said["report"]:  # a script that reads the report wants it most when it refuses
+            _result(said | {"refused": str(error)})
+        raise
+    if model is None:
         print("dry run: everything fits, nothing was written")
-        return result
-    model = models.write_model(target, anchor, {bundle.manifest["name"]: bundle for bundle in bundles}, top_k)
-    print(f"{target}: {', '.join(['public', *sorted(model.bundles)])}; top_k {top_k}; tree digest {model.tree_digest}")
-    return result | {"tree_digest": model.tree_digest}
+        return said
+    print(f"{model.directory}: {_experts(model)}; top_k {model.manifest['top_k']}; tree digest {model.tree_digest}")
+    if not workdir.is_local(model.directory):
+        moved = storage.traffic()
+        said["traffic"] = {"down": moved.down - before.down, "up": moved.up - before.up}
+        print(f"through this machine: {said['traffic']['down']} bytes down, {said['traffic']['up']} up; run verify to read all")
+    return said | {"tree_digest": model.tree_digest}
+
+
+def _experts(model: models.Model) -> str:
+    return ", ".join(["public", *sorted(model.bundles)])
 
 
 def remove() -> dict[str, Any]:
     """Takes one expert out: in place its bytes are deleted; with --out the other model keeps them."""
-    if not NAME.value:
-        raise errors.ConfigError("remove needs --name=NAME")
-    manifest_lib.read(MODEL.value, "model")  # what is no model is not locked either
-    with workdir.lock(epath.Path(MODEL.value)):
-        model = models.open_model(MODEL.value)
-        models.check_known(model, NAME.value)
-        if DRY_RUN.value:
-            print(f"dry run: '{NAME.value}' would be removed from {OUT.value or MODEL.value}")
-            return {}
-        if OUT.value:
-            kept = {name: bundle for name, bundle in model.bundles.items() if name != NAME.value}
-            smaller = models.write_model(OUT.value, model.anchor, kept, models.remaining_top_k(model))
-        else:
-            smaller = models.remove_expert(model, NAME.value)
-    left = ", ".join(["public", *sorted(smaller.bundles)])
-    print(f"{smaller.directory}: removed '{NAME.value}', left {left}; tree digest {smaller.tree_digest}")
+    smaller = merging.remove(MODEL.value, str(NAME.value), OUT.value, DRY_RUN.value)
+    if smaller is None:
+        print(f"dry run: '{NAME.value}' would be removed from {OUT.value or MODEL.value}")
+        return {}
+    print(f"{smaller.directory}: removed '{NAME.value}', left {_experts(smaller)}; tree digest {smaller.tree_digest}")
     return {"tree_digest": smaller.tree_digest}
 
 
 def verify() -> dict[str, Any]:
-    """Reads every byte of a model, an anchor or a bundle against its manifest."""
-    model, artefacts = _open(epath.Path(MODEL.value))
+    """Reads every byte of a model, an anchor or a bundle against its manifest, and says who vouches for it."""
+    home = epath.Path(MODEL.value)
+    model, artefacts = _open(home)
+    trust = None if TRUSTED_KEYS.value is None else signatures.load_trust(TRUSTED_KEYS.value)
+    said: dict[str, Any] = {"sound": True, "digests": {}, "signatures": {}}
     for artefact in artefacts:
         artefact.verify()
-        print(f"{artefact.label}: {len(artefact.manifest['tensors'])} tensors sound, digest {artefact.manifest['digest']}")
+        digest, kind, vouched = artefact.manifest["digest"], artefact.manifest["kind"], "made by this model"
+        if kind != "shared":
+            card.check(artefact.directory)
+            asked = trust if kind == "expert" or model is None else None
+            vouched = signatures.check(artefact.directory, artefact.manifest, asked).text
+        print(f"{artefact.label}: {len(artefact.manifest['tensors'])} tensors sound, digest {digest}; {vouched}")
+        said["digests"][artefact.label], said["signatures"][artefact.label] = digest, vouched
     if model is not None:
         models.check_listing(model)
-        print(f"{model.directory}: tree digest {model.tree_digest}")
-    digests = {artefact.label: artefact.manifest["digest"] for artefact in artefacts}
-    return {"sound": True, "digests": digests} | ({"tree_digest": model.tree_digest} if model else {})
+        card.check(home)
+        said |= {"tree_digest": model.tree_digest, "signature": signatures.check(home, model.manifest, None).text}
+        print(f"{home}: tree digest {model.tree_digest}; {said['signature']}")
+    if ROUTER.value:
+        if model is None:
+            raise errors.ConfigError("--router looks at a merged model; give one as --model")
+        effective = models.effective(model)
+        found = health.probe(effective.anchor, effective.bundles)
+        print(health.table(found))
+        said["router"] = found.to_dict()
+        health.check(found)
+    return said
 
 
 def show() -> dict[str, Any]:
@@ -105,16 +206,115 @@ def show() -> dict[str, Any]:
         print(f"{model.directory}: top_k {model.manifest['top_k']}, tree digest {model.tree_digest}")
     for artefact in artefacts:
         manifest = artefact.manifest
-        shown = {key: value for key, value in sorted(manifest["training"].items()) if key in SHOWN}
-        facts = ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
-        )
-        print(f"  {manifest.get('name', 'anchor'):<16} {manifest['digest'][:12]}  {facts}")
+        shown = {key: value for key, value in sorted(manifest.get("training", {}).items()) if key in SHOWN}
+        facts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()]
+        if manifest["kind"] == "expert":
+            size = f"rank {manifest['rank']}" if manifest["rank"] else f"width {manifest['d_ff']}"
+            facts += [size, f"version {manifest['version']}", f"owner {manifest['owner'] or 'not stated'}"]
+        print(f"  {manifest.get('name', manifest['kind']):<16} {manifest['digest'][:12]}  {', '.join(facts)}")
     manifests = [artefact.manifest | {"tensors": len(artefact.manifest["tensors"])} for artefact in artefacts]
     return {"artefacts": manifests} | ({"model": model.manifest} if model else {})
 
 
-SHOWN = ("steps", "tokens", "flops", "documents", "public_fraction")
+def diff() -> dict[str, Any]:
+    """Prints what differs between two models, anchors or bundles."""
+    found = differences.compare(MODEL.value, OTHER.value)
+    print(differences.table(found))
+    return found
+
+
+def log() -> dict[str, Any]:
+    """Prints what was done to a model, from the history beside it."""
+    rows = history.log(MODEL.value, manifest_lib.read(MODEL.value, "model")["digest"])
+    print(history.table(rows))
+    return {"history": rows}
+
+
+def keygen() -> dict[str, Any]:
+    """Makes a key to sign with; the private half never leaves its file."""
+    public = signatures.generate_key(KEY.value)
+    print(f"{KEY.value}: private key, keep it offline; {KEY.value}.pub: {public}")
+    return {"key": public}
+
+
+def sign() -> dict[str, Any]:
+    """Signs a manifest, and by its digests every byte."""
+    signature = signatures.sign(MODEL.value, KEY.value)
+    print(f"{MODEL.value}: signed by {signature['key']}")
+    return signature
+
+
+def write_card() -> dict[str, Any]:
+    """Generates README.md from the manifests."""
+    path = card.write(MODEL.value)
+    print(f"{path}: written")
+    return {"card": str(path)}
+
+
+def certify() -> dict[str, Any]:
+    """Proves, as far as it can be proven, that an expert has left this copy of a model."""
+    made = certificate.certify(MODEL.value, str(REMOVED.value), EXPERT.value, KEY.value, OUT.value)
+    print(certificate.text(made))
+    return made
+
+
+def calibrate() -> dict[str, Any]:
+    """Sets experts' biases from public text alone, or takes that back."""
+    model = models.open_model(MODEL.value)
+    if REVERT.value:
+        made = merging.calibrate(MODEL.value, {})
+        print(f"{made.directory}: owners' own biases again; tree digest {made.tree_digest}")
+        return {"tree_digest": made.tree_digest}
+    if not DATA.value:
+        raise errors.ConfigError("calibrate needs --data=PATH, public text; or --revert")
+    anchor = models.effective(model).anchor
+    seq_len = anchor.manifest["training"].get("seq_len", compression.DEFAULT_SEQ_LEN)
+    files = command.named_texts(VALIDATION.value, "validation")
+    how: dict[str, Any] = {"share": SHARE.value, "ignore_margins": IGNORE_MARGINS.value}
+    with tempfile.TemporaryDirectory() as cache:
+        texts = {domain: _tokenize(anchor, domain, paths, cache) for domain, paths in files.items()}
+        text = layerwise.sample(_tokenize(anchor, "data", corpus.expand(DATA.value, "", "data"), cache), seq_len=seq_len)
+        if JOINTLY.value:
+            fits = calibration.jointly(anchor, model.bundles, text, **how)
+        else:
+            bundles = sorted(model.bundles.items())
+            fits = {name: calibration.alone(anchor, bundle, text, **how) for name, bundle in bundles}
+        print(calibration.table(fits))
+        result: dict[str, Any] = {"fits": {name: fit.to_dict() for name, fit in fits.items()}}
+        if texts:
+            plain = dataclasses.replace(model, manifest=model.manifest | {"calibration": {}})
+            biases = {name: fit.bias for name, fit in fits.items()}
+            result["confusion"] = calibration.confusion(*models.load(plain), biases, texts, seq_len=seq_len)
+            print(calibration.confusion_table(result["confusion"]))
+    if DRY_RUN.value:
+        print("dry run: nothing was written")
+        return result
+    names = list(fits) if JOINTLY.value else []
+    entries = {name: calibration.entry(fit, SHARE.value, text.digest, names) for name, fit in fits.items()}
+    made = merging.calibrate(MODEL.value, entries, model)
+    print(f"{made.directory}: calibrated; tree digest {made.tree_digest}")
+    return result | {"tree_digest": made.tree_digest}
+
+
+def compress() -> dict[str, Any]:
+    """Makes a smaller expert of an expert, and says what that costs."""
+    anchor = store.open_anchor(ANCHOR.value)
+    bundle = store.open_bundle(EXPERT.value[0], store.config_of(anchor))
+    texts = command.named_texts(VALIDATION.value, "validation")
+    report = compression.compress(anchor, bundle, OUT.value, RANK.value, WIDTH.value)
+    if texts:
+        small = store.open_bundle(OUT.value, store.config_of(anchor))
+        report["evaluation"] = {
+            side: compression.score(anchor, found, texts) for side, found in {"before": bundle, "after": small}.items()
+        }
+    print(compression.table(report))
+    return report
+
+
+def _tokenize(anchor: store.Artefact, domain: str, paths: list[epath.Path], cache: str) -> tokens.TokenSource:
+    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
+    vocabulary = store.config_of(anchor).vocab_size
+    return tokens.tokenize(paths, tokenizer, config_lib.DataConfig(), vocabulary, epath.Path(cache) / domain)
 
 
 def _open(directory: epath.Path) -> tuple[models.Model | None, list[store.Artefact]]:
@@ -124,8 +324,26 @@ def _open(directory: epath.Path) -> tuple[models.Model | None, list[store.Artefa
     if kind == "expert":
         return None, [store.open_bundle(directory, None)]
     model = models.open_model(directory)
-    return model, [model.anchor, *[model.bundles[name] for name in sorted(model.bundles)]]
+    return model, model.artefacts
 
+
+VERBS: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, str]]] = {  # each with the flags that it cannot do without
+    "create": (create, {"model": "DIR", "anchor": "DIR", "expert": "DIR"}),
+    "add": (add, {"model": "DIR", "expert": "DIR"}),
+    "replace": (replace, {"model": "DIR", "expert": "DIR"}),
+    "remove": (remove, {"model": "DIR", "name": "NAME"}),
+    "verify": (verify, {"model": "DIR"}),
+    "show": (show, {"model": "DIR"}),
+    "diff": (diff, {"model": "DIR", "other": "DIR"}),
+    "log": (log, {"model": "DIR"}),
+    "revert": (revert, {"model": "DIR"}),
+    "keygen": (keygen, {"key": "FILE"}),
+    "sign": (sign, {"model": "DIR", "key": "FILE"}),
+    "card": (write_card, {"model": "DIR"}),
+    "certify": (certify, {"model": "DIR", "removed": "NAME"}),
+    "calibrate": (calibrate, {"model": "DIR"}),
+    "compress": (compress, {"anchor": "DIR", "expert": "DIR", "out": "DIR"}),
+}
 
 if __name__ == "__main__":
     command.run(main)

@@ -4,6 +4,7 @@ A stage is finished when its artefact has a manifest; starting again skips it an
 last committed checkpoint.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flexjax import config as config_lib
-from flexjax import distributed, errors, jobs, tree, workdir
+from flexjax import distributed, errors, jobs, statement, tree, workdir
 from flexjax.data import pipeline, sources
-from flexjax.experts import domains, manifest, models, slices, store, surgery
+from flexjax.experts import domains, manifest, models, provenance, slices, store, surgery
 from flexjax.experts import rows as rows_lib
 from flexjax.model import placement, transformer
 from flexjax.train import loop
@@ -132,9 +133,7 @@ def expert_stage(
     distributed.say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
     row = rows_lib.domain_row(config, anchor, source, mesh)
     bias = np.full(config.model.num_layers, INITIAL_BIAS, np.float32)
-    mine = {"router": {"row": row, "bias": bias}}
-    if config.expert.d_ff not in (0, config.model.d_ff):
-        mine |= {"ffn": surgery.narrow(anchor.tensors("expert"), config.expert.d_ff)["ffn"]}
+    mine = {"router": {"row": row, "bias": bias}} | _first_ffn(config, anchor)
 
     def build(params: tree.Tree, public_row: tree.Tree, mine: tree.Tree) -> tree.Tree:
         shared, experts = surgery.split(params, transformer.dense_banks(config.model))
@@ -147,26 +146,34 @@ def expert_stage(
         return placement.assemble(build, architecture, mesh, models.load_anchor(anchor, mesh)[1], public_row, mine)
 
     architecture = jobs.architecture(config)
-    _check_carried(architecture, config.train.trainable)
+    _check_carried(architecture, config.train.trainable, shared=True)
     trained, facts = loop.train(start(), architecture, stream, config, directory, f"expert {name}", options, origin)
-    whole = _complete(trained, start, architecture, f"experts/{name}/")
-    expert = surgery.split(whole, architecture.banks[1:])[1][name]
-    facts |= made_of | {
-        "data": source.digest,
-        "documents": source.num_documents,
-        "row_documents": config.expert.row_documents,
-        "public_fraction": fraction,
-        "seed": config.seed,
-    }
-    found = store.write_bundle(home, name, anchor, expert, facts)
+    whole = _complete(trained, start, architecture)
+    unfrozen = {path: leaf for path, leaf in tree.flatten(trained).items() if not path.startswith("experts/")}
+    stated = statement.of_expert(config, anchor, architecture, whole, corpora, list(unfrozen), mesh)
+    expert = surgery.split(whole, architecture.banks)[1][name]
+    facts |= made_of | {"seed": config.seed}
+    found = store.write_bundle(home, name, anchor, expert, facts, stated, tree.unflatten(unfrozen))
     distributed.say(f"expert '{name}': written to {home}, digest {found.manifest['digest'][:12]}")
     return found
 
 
-def _check_carried(architecture: transformer.Architecture, pattern: str) -> None:
-    """Raises ConfigError, before anything is trained, if a part of the anchor would be: no bundle carries it."""
+def _first_ffn(config: config_lib.Config, anchor: store.Artefact) -> tree.Tree:
+    """The FFN that an expert begins with, if it is not a copy of the public one."""
+    if config.expert.kind == "low_rank":
+        return {"ffn": surgery.low_rank(anchor.tensors("expert"), config.expert.rank, config.seed)["ffn"]}
+    if config.expert.d_ff not in (0, config.model.d_ff):
+        return {"ffn": surgery.narrow(anchor.tensors("expert"), config.expert.d_ff)["ffn"]}
+    return {}
+
+
+def _check_carried(architecture: transformer.Architecture, pattern: str, shared: bool = False) -> None:
+    """Raises ConfigError, before anything is trained, if something would be that no bundle carries.
+
+    With `shared`, a bundle may carry leaves that all experts share; `public` itself never changes.
+    """
     for path in tree.flatten(tree.partition(transformer.abstract(architecture), pattern)[0]):
-        if not path.startswith("experts/") or path.startswith(f"experts/{config_lib.PUBLIC}/"):
+        if path.startswith(f"experts/{config_lib.PUBLIC}/") or not (shared or path.startswith("experts/")):
             raise errors.ConfigError(f"train.trainable selects {path}, which no bundle carries; use 'experts/(?!public/).*'")
 
 
@@ -251,8 +258,12 @@ def router_stage(
     _discard(parts)
     bundles = {}
     for name, bundle in start.bundles.items():
-        provenance = facts | made_of | {"router_tuned_with": sorted(start.bundles), "parent": bundle.manifest["digest"]}
-        bundles[name] = store.write_bundle(parts / name, name, start.anchor, experts[name], provenance)
+        tuned = facts | made_of | {"router_tuned_with": sorted(start.bundles)}
+        parent = {"digest": bundle.manifest["digest"], "by": "router tuning"}
+        stated = dataclasses.replace(provenance.of(bundle.manifest), parent=parent, evaluation={}, margins=None)
+        bundles[name] = store.write_bundle(
+            parts / name, name, start.anchor, experts[name], tuned, stated, bundle.tensors("shared")
+        )
     return _publish(home, parts, start.anchor, bundles, start.manifest["top_k"])
 
 

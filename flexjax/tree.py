@@ -97,7 +97,7 @@ def summary(tree: Tree) -> str:
 
 def is_stacked(path: str) -> bool:
     """Whether the first axis of this parameter runs over layers."""
-    return not path.startswith(("embed/", "head/", "statistics/projection"))
+    return not path.removeprefix("shared/").startswith(("embed/", "head/", "statistics/projection"))
 
 
 def chunk_shape(path: str, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

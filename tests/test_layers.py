@@ -10,15 +10,18 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "flexjax"
 ENTRY_POINTS = {"main", "merge", "convert", "evaluate", "generate", "plan"}
 ROWS = [  # a module imports from earlier rows and from its own folder only
     {"errors", "config", "tree", "workdir", "memory", "hardware", "peers", "distributed", "sharding"},
+    {"bucket"},
+    {"storage"},
     {"checkpoint"},
     {"data"},
     {"model"},
     {"experts"},
     {"inference"},
     {"eval"},
+    {"governance"},
     {"train"},
     {"planning"},
-    {"jobs", "presets"},
+    {"jobs", "presets", "statement"},
     {"stages"},
     {"comparison"},
     {"report"},
@@ -29,7 +32,12 @@ ROWS = [  # a module imports from earlier rows and from its own folder only
 FREE = {"jax", "numpy", "etils", "jaxtyping", "ml_dtypes", "flexjax"}  # anybody may import these and the standard library
 OWNERS = {
     "absl": {"command", "hosts", *ENTRY_POINTS},
+    "cryptography": {"governance/signatures"},
     "flax": {"model"},
+    "google": {"bucket"},
+    "google_crc32c": {"bucket"},
+    "requests": {"bucket"},
+    "urllib3": {"bucket"},
     "grain": {"data"},
     "matplotlib": {"report"},
     "ml_collections": {"main", "plan"},

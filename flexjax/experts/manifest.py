@@ -1,39 +1,53 @@
 """Manifests: what an anchor, a bundle or a merged model says of itself, as canonical JSON that its digest covers.
 
-    anchor   kind, format, model (shapes), tokenizer {file, digest} or null, rows (method), tensors, training
-    expert   kind, format, name, anchor, config, tokenizer (digests), d_ff, tensors, training
-    model    kind, format, anchor (digest), experts {name: digest}, top_k
+    anchor   kind, format, code, model (shapes), tokenizer {file, digest} or null, rows (method), tensors, training
+    expert   kind, format, code, name, anchor, config, tokenizer (digests), d_ff, rank, tensors, training, and what its owner
+             states (`provenance`): owner, version, data, evaluation, privacy, margins, parent
+    model    kind, format, anchor (digest), experts {name: digest}, top_k,
+             calibration {name: {bias, share, text, with}}, shared {digest, experts} or null
+    shared   kind, format, anchor, experts {name: digest}, tensors: shared leaves averaged over experts
 
 `digest` is the SHA-256 of the rest of the manifest; since `tensors` lists the SHA-256 of every slice, it covers every byte.
 A manifest from somebody else is read strictly: bounded size and depth, no duplicate key, no unknown or missing field.
+A signature (SIGNATURE), a generated card (CARD) and a model's history lie beside it, outside the digest.
 """
 
 import dataclasses
+import functools
 import re
+from importlib import metadata
 from typing import Any
 
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import errors, tree, workdir
-from flexjax.experts import slices
+from flexjax import errors, storage, tree, workdir
+from flexjax.experts import provenance
 
-FORMAT = 1
+FORMAT = 2
 FILE = "manifest.json"
+SIGNATURE = "signature.json"
+CARD = "README.md"
+LOCK = ".lock"  # of whoever works on the directory
+BESIDE = (SIGNATURE, CARD)  # files that an artefact may have beside its manifest
 PARTIAL = ".manifest.json.partial"  # marks a directory that is still being written
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+STATED = set(provenance.STATEMENTS)
 FIELDS = {
-    "anchor": {"kind", "format", "model", "tokenizer", "rows", "tensors", "training", "digest"},
-    "expert": {"kind", "format", "name", "anchor", "config", "tokenizer", "d_ff", "tensors", "training", "digest"},
-    "model": {"kind", "format", "anchor", "experts", "top_k", "digest"},
+    "anchor": {"kind", "format", "code", "model", "tokenizer", "rows", "tensors", "training", "digest"},
+    "expert": STATED
+    | {"kind", "format", "code", "name", "anchor", "config", "tokenizer", "d_ff", "rank", "tensors", "training", "digest"},
+    "model": {"kind", "format", "anchor", "experts", "top_k", "calibration", "shared", "digest"},
+    "shared": {"kind", "format", "anchor", "experts", "tensors", "digest"},
 }
 TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("digest", "anchor", "config", "name", "rows"), (str,)),
-    **dict.fromkeys(("model", "experts", "tensors", "training"), (dict,)),
-    **dict.fromkeys(("d_ff", "top_k"), (int,)),
+    **dict.fromkeys(("digest", "anchor", "config", "name", "rows", "code"), (str,)),
+    **dict.fromkeys(("model", "experts", "tensors", "training", "calibration"), (dict,)),
+    **dict.fromkeys(("d_ff", "rank", "top_k"), (int,)),
     "tokenizer": (dict, str, type(None)),
+    "shared": (dict, type(None)),
 }
 Manifest = dict[str, Any]
 
@@ -59,22 +73,67 @@ def digest_of(manifest: Manifest) -> str:
 
 
 def seal(manifest: Manifest) -> Manifest:
-    """Adds format and digest; refuses fields that the kind does not have."""
-    sealed = {**manifest, "format": FORMAT}
+    """Adds format, digest and, to what was computed, the code's version; refuses fields that the kind does not have."""
+    sealed = {**manifest, "format": FORMAT} | ({"code": code()} if "code" in FIELDS[manifest["kind"]] else {})
     sealed["digest"] = digest_of(sealed)
     _check_fields(sealed, "the manifest to be written")
     return sealed
 
 
-def write(directory: epath.PathLike, manifest: Manifest) -> None:
-    """Writes the manifest last of all files: it is the commit point of its directory, all of which is on disk by then."""
+@functools.cache
+def code() -> str:
+    """Name and version of this code."""
+    return f"flexjax {metadata.version('flexjax')}"
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of a manifest's file."""
+    return tree.canonical_json(manifest) + b"\n"
+
+
+def write(directory: epath.PathLike, manifest: Manifest, generation: int | None = None) -> None:
+    """Writes the manifest last of all files: it is the commit point of its directory, all of which is on disk by then.
+
+    Args:
+      directory, manifest: of an artefact.
+      generation: in a bucket, of the manifest that this one replaces (0: none); the write fails if it is another by now.
+    """
     home = epath.Path(directory)
+    data = encode(manifest)
+    if len(data) > MAX_BYTES:
+        raise errors.IntegrityError(f"the manifest of {home} would have {len(data)} bytes; none may have more than {MAX_BYTES}")
+    if not workdir.is_local(home):
+        storage.replace(home / FILE, data, generation)
+        storage.delete(home, {name: entry for name, entry in storage.files(home).items() if name == PARTIAL})
+        return
     try:
         workdir.sync_below(home)
-        workdir.write(home / FILE, tree.canonical_json(manifest) + b"\n", PARTIAL)
+        workdir.write(home / FILE, data, PARTIAL)
         workdir.sync(home.parent)
     except OSError as error:
         raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
+
+
+def fresh(directory: epath.PathLike) -> epath.Path:
+    """An empty directory to write to, holding the manifest's partial file until the manifest replaces it.
+
+    What an interrupted write left behind is known by that file and swept; anything else is never overwritten.
+    """
+    home = epath.Path(directory)
+    check_free(home)
+    storage.delete(home, {name: entry for name, entry in storage.files(home).items() if name != LOCK})
+    storage.write(home / PARTIAL, [b""])
+    return home
+
+
+def check_free(directory: epath.PathLike) -> None:
+    """Raises StorageError if a new artefact cannot be written to a directory, since it holds what is finished or not ours."""
+    home = epath.Path(directory)
+    if storage.exists(home / FILE):
+        raise errors.StorageError(f"{home} already holds a finished artefact; choose another directory or remove it")
+    found = storage.files(home)
+    if PARTIAL not in found and set(found) - {LOCK}:
+        raise errors.StorageError(f"{home} is not empty and not ours; choose another directory")
 
 
 def kind(directory: epath.PathLike) -> str:
@@ -102,11 +161,15 @@ def read(directory: epath.PathLike, kind: str) -> Manifest:
     if manifest.get("kind") != kind:
         raise errors.IntegrityError(f"{path} describes kind {str(manifest.get('kind'))[:20]!r}, expected '{kind}'")
     if manifest.get("format") != FORMAT:
-        raise errors.IntegrityError(f"{path} has format {str(manifest.get('format'))[:20]}, this version reads {FORMAT}")
+        raise errors.IntegrityError(
+            f"{path} has format {str(manifest.get('format'))[:20]}, this version reads {FORMAT}; "
+            "make it again with this version: a run's checkpoints can still be used"
+        )
     _check_fields(manifest, str(path))
-    for field in sorted({"training", "experts"} & set(manifest)):
-        if not isinstance(manifest[field], dict):
-            raise errors.IntegrityError(f"{path}: field '{field}' must be an object")
+    if "training" in manifest:
+        provenance.check_training(manifest["training"], str(path))
+    if kind == "expert":
+        provenance.check(manifest, str(path))
     found = digest_of(manifest)
     if manifest["digest"] != found:
         raise errors.IntegrityError(
@@ -117,14 +180,15 @@ def read(directory: epath.PathLike, kind: str) -> Manifest:
 
 def _load(directory: epath.Path, kind: str) -> Manifest:
     path = directory / FILE
-    if not path.exists():
-        hint = "the directory has no manifest.json" if directory.exists() else "the directory does not exist"
-        places = {"anchor": ("anchor", "public/anchor"), "expert": ("expert",), "model": ("model",)}
+    if not storage.exists(path):
+        present = storage.exists(directory) if workdir.is_local(directory) else bool(storage.files(directory))
+        hint = "the directory has no manifest.json" if present else "the directory does not exist"
+        places = {"anchor": ("anchor", "public/anchor"), "expert": ("expert",), "model": ("model",), "shared": ()}
         places["artefact"] = tuple(name for names in places.values() for name in names)
-        inside = [str(directory / name) for name in places[kind] if (directory / name / FILE).exists()]
+        inside = [str(directory / name) for name in places[kind] if storage.exists(directory / name / FILE)]
         advice = f"did you mean {' or '.join(inside)}?" if inside else "give the directory that a run wrote"
         raise errors.StorageError(f"{directory} is no flexjax {kind}: {hint}; {advice}")
-    return _parse(slices.read_small(path, MAX_BYTES), path)
+    return _parse(storage.read_small(path, MAX_BYTES), path)
 
 
 def lineage(anchor: Manifest) -> dict[str, str]:

@@ -1,57 +1,81 @@
 """Merged models on disk: an anchor and experts by name, under one manifest.
 
-    MODEL/    manifest.json  anchor/  experts/<digest>/
+    MODEL/    manifest.json  anchor/  experts/<digest>/  [shared/<digest>/]
 
 What the manifest does not name does not exist: it is replaced atomically, and whatever it no longer names is deleted after.
+Bundles are held as their owners made them. What the model itself adds, calibrated biases and averaged shared leaves, stands
+in its manifest and beside them, so that taking it back is to drop it (`effective`).
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from flexjax import config as config_lib
-from flexjax import errors, sharding, tree
-from flexjax.experts import loading, store, surgery
+from flexjax import errors, sharding, storage, tree
+from flexjax.experts import averaging, copying, loading, provenance, schema, store, surgery
 from flexjax.experts import manifest as manifest_lib
 from flexjax.model import router, transformer
 
 
 @dataclasses.dataclass
 class Model:
-    """A merged model on disk: the anchor, and bundles by name."""
+    """A merged model on disk: the anchor, bundles by name as their owners made them, and averaged shared leaves if any."""
 
     directory: epath.Path
     manifest: manifest_lib.Manifest
     anchor: store.Artefact
     bundles: dict[str, store.Artefact]
+    shared: store.Artefact | None = None
 
     @property
     def tree_digest(self) -> str:
         """Covers the anchor, every expert and top_k; independent of time, host, order and history."""
         return self.manifest["digest"]
 
-
-def write_model(directory: epath.PathLike, anchor: store.Artefact, bundles: dict[str, store.Artefact], top_k: int) -> Model:
-    """Copies an anchor and bundles into a model directory, verifying every byte, and commits with the manifest."""
-    home = store.fresh(directory)
-    store.copy(anchor, home / "anchor")
-    for bundle in bundles.values():
-        store.copy(bundle, home / "experts" / bundle.manifest["digest"])
-    write_model_manifest(home, anchor, bundles, top_k)
-    return open_model(home)
+    @property
+    def artefacts(self) -> list[store.Artefact]:
+        """Everything that it is made of, in canonical order."""
+        named = [self.bundles[name] for name in sorted(self.bundles)]
+        return [self.anchor, *named] + ([] if self.shared is None else [self.shared])
 
 
-def write_model_manifest(home: epath.Path, anchor: store.Artefact, bundles: dict[str, store.Artefact], top_k: int) -> None:
-    """Commits a model: from here on, exactly these experts exist."""
+def describe(
+    anchor: store.Artefact,
+    bundles: Mapping[str, store.Artefact],
+    top_k: int,
+    calibration: Mapping[str, Any] | None = None,
+    shared: Mapping[str, Any] | None = None,
+) -> manifest_lib.Manifest:
+    """The sealed manifest of a model of these parts."""
     manifest = {
         "kind": "model",
         "anchor": anchor.manifest["digest"],
         "experts": {name: bundle.manifest["digest"] for name, bundle in bundles.items()},
         "top_k": top_k,
+        "calibration": dict(calibration or {}),
+        "shared": None if shared is None else dict(shared),
     }
-    manifest_lib.write(home, manifest_lib.seal(manifest))
+    return manifest_lib.seal(manifest)
+
+
+def write_model(directory: epath.PathLike, anchor: store.Artefact, bundles: dict[str, store.Artefact], top_k: int) -> Model:
+    """Copies an anchor and bundles into a new model directory, verifying every byte, and commits with the manifest.
+
+    The plain act, for parts that were just made here; `governance.merging` is for parts of others. Shared leaves that bundles
+    carry are averaged.
+    """
+    home = manifest_lib.fresh(directory)
+    copying.copy(anchor, home / "anchor")
+    for bundle in bundles.values():
+        copying.copy(bundle, home / "experts" / bundle.manifest["digest"])
+    shared = averaging.write(home, anchor, bundles)
+    manifest_lib.write(home, describe(anchor, bundles, top_k, shared=shared), generation=0)
+    return open_model(home)
 
 
 def open_model(directory: epath.PathLike) -> Model:
@@ -66,17 +90,69 @@ def open_model(directory: epath.PathLike) -> Model:
     config = store.config_of(anchor)
     bundles = {}
     for name, digest in manifest["experts"].items():
-        if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise errors.IntegrityError(f"{home}: the digest of expert '{name[:63]}' is no SHA-256")
+        _check_digest(digest, f"{home}: the digest of expert '{name[:63]}'")
         bundle = store.open_bundle(home / "experts" / digest, config)
         if bundle.manifest["digest"] != digest or bundle.manifest["name"] != name:
             raise errors.IntegrityError(f"{bundle.label} is not the expert '{name}' that {home} names; restore it")
         if bundle.manifest["anchor"] != manifest["anchor"]:
             raise errors.IntegrityError(f"{bundle.label} was trained on anchor {bundle.manifest['anchor'][:12]}, not this one")
         bundles[name] = bundle
-    if not isinstance(manifest["top_k"], int) or not 1 <= manifest["top_k"] <= len(bundles) + 1:
+    if not 1 <= manifest["top_k"] <= len(bundles) + 1:
         raise errors.IntegrityError(f"{home}: top_k is {str(manifest['top_k'])[:20]}, expected 1 to {len(bundles) + 1}")
-    return Model(home, manifest, anchor, bundles)
+    for name, entry in manifest["calibration"].items():
+        _check_calibration(name, entry, manifest["experts"], config.num_layers, home)
+    shared = None if manifest["shared"] is None else _open_shared(home, manifest, config)
+    return Model(home, manifest, anchor, bundles, shared)
+
+
+def _check_digest(digest: Any, what: str) -> None:
+    if not isinstance(digest, str) or provenance.DIGEST.fullmatch(digest) is None:
+        raise errors.IntegrityError(f"{what} is no SHA-256")
+
+
+def _check_calibration(name: str, entry: Any, experts: Mapping[str, Any], layers: int, home: epath.Path) -> None:
+    """Refuses a calibrated bias that is none: of an unknown expert, positive, or not one number for each layer."""
+    fits = (
+        name in experts
+        and isinstance(entry, dict)
+        and set(entry) == {"bias", "share", "text", "with"}
+        and isinstance(entry["bias"], list)
+        and len(entry["bias"]) == layers
+        and all(provenance.number(bias) and bias <= 0 for bias in entry["bias"])
+        and provenance.number(entry["share"])
+        and isinstance(entry["with"], list)
+    )
+    if not fits:
+        raise errors.IntegrityError(
+            f"{home}: the calibration of '{name[:63]}' must hold share, text, with, and one bias of at most 0 for each of "
+            f"{layers} layers of an expert of this model; calibrate again"
+        )
+    _check_digest(entry["text"], f"{home}: the digest of the text that '{name}' was calibrated on")
+
+
+def _open_shared(home: epath.Path, manifest: manifest_lib.Manifest, config: config_lib.ModelConfig) -> store.Artefact:
+    """The averaged leaves that a model names."""
+    entry = manifest["shared"]
+    if set(entry) != {"digest", "experts"} or not isinstance(entry["experts"], dict):
+        raise errors.IntegrityError(f"{home}: field 'shared' must hold digest and experts")
+    directory = averaging.place(home, manifest["anchor"], entry["experts"])
+    shared = store.Artefact(directory, manifest_lib.read(directory, "shared"), f"averaged leaves in {directory}")
+    named = (shared.manifest["digest"], shared.manifest["anchor"], shared.manifest["experts"])
+    if named != (entry["digest"], manifest["anchor"], entry["experts"]):
+        raise errors.IntegrityError(f"{shared.label} are not those that {home} names; restore them")
+    schema.check(shared.manifest["tensors"], shared.label, {}, dict(schema.shared_shapes(config)))
+    return shared
+
+
+def effective(model: Model) -> Model:
+    """The same model with its parts as they are used: biases as calibrated, shared leaves as averaged."""
+    anchor, bundles = model.anchor, dict(model.bundles)
+    if model.shared is not None:
+        anchor = dataclasses.replace(anchor, instead={path: model.shared for path in model.shared.manifest["tensors"]})
+    for name, entry in model.manifest["calibration"].items():
+        bias = np.array(entry["bias"], model.bundles[name].manifest["tensors"]["expert/router/bias"]["dtype"])
+        bundles[name] = dataclasses.replace(model.bundles[name], instead={"expert/router/bias": bias})
+    return dataclasses.replace(model, anchor=anchor, bundles=bundles)
 
 
 def load(
@@ -91,9 +167,10 @@ def load(
       public_apart: keep the standard banks on a mesh that splits experts too, where else `public` joins those of its width.
     """
     k = model.manifest["top_k"] if top_k is None else top_k
+    model = effective(model)
     if mesh is not None:
         standard = public_apart or sharding.size(mesh, "expert") == 1
-        return loading.load(model.anchor, model.bundles, k, mesh, None if standard else by_width(widths(model)))
+        return loading.load(model.anchor, model.bundles, k, mesh, None if standard else by_width(widths(model), ranks(model)))
     experts = {config_lib.PUBLIC: model.anchor.tensors("expert")}
     for name, bundle in model.bundles.items():
         experts[name] = bundle.tensors("expert")
@@ -109,22 +186,32 @@ def widths(model: Model) -> dict[str, int]:
     return public | {name: bundle.manifest["d_ff"] for name, bundle in model.bundles.items()}
 
 
+def ranks(model: Model) -> dict[str, int]:
+    """The rank of each low-rank expert."""
+    return {name: bundle.manifest["rank"] for name, bundle in model.bundles.items() if bundle.manifest["rank"]}
+
+
 def architecture(model: Model, top_k: int) -> transformer.Architecture:
     """What the parameters of a model mean in the standard banks, before they are read."""
-    sizes = widths(model)
+    wide, low = widths(model), ranks(model)
     banks = tuple(
-        config_lib.Bank(bank, names, sizes[names[0]], biased=bank != config_lib.PUBLIC)
-        for bank, names in surgery.group(sizes).items()
+        config_lib.Bank(bank, names, wide[names[0]], bank != config_lib.PUBLIC, low.get(names[0], 0))
+        for bank, names in surgery.group(wide, low).items()
     )
     return surgery.architecture(store.config_of(model.anchor), banks, top_k)
 
 
-def by_width(widths: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+def by_width(widths: Mapping[str, int], ranks: Mapping[str, int] = surgery.ALL_FULL) -> dict[str, tuple[str, ...]]:
     """Banks for experts that live apart: one per width, `public` among the others of its own, so that few slots stay empty.
+
+    Beside low-rank experts, which live together with it, `public` has its own bank.
 
     Args:
       widths: hidden units by expert.
+      ranks: of the low-rank experts among them.
     """
+    if ranks:
+        return surgery.group(widths, ranks)
     found: dict[int, list[str]] = {}
     for name in router.canonical_order(widths):
         found.setdefault(widths[name], []).append(name)
@@ -148,35 +235,22 @@ def check_known(model: Model, name: str) -> None:
         raise errors.PolicyError(f"no expert '{name}' in {model.directory}; it has {known}")
 
 
-def remaining_top_k(model: Model) -> int:
-    """Experts per token once one expert is gone."""
-    return min(model.manifest["top_k"], len(model.bundles))
-
-
-def remove_expert(model: Model, name: str) -> Model:
-    """Takes an expert out of a model in place: the manifest is replaced, then the expert's bytes are deleted."""
-    check_known(model, name)
-    kept = {other: bundle for other, bundle in model.bundles.items() if other != name}
-    write_model_manifest(model.directory, model.anchor, kept, remaining_top_k(model))
-    smaller = open_model(model.directory)
-    for entry in _unnamed(smaller):
-        entry.rmtree()
-    return smaller
-
-
 def check_listing(model: Model) -> None:
-    """Raises IntegrityError if a model's directory holds what its manifest does not name."""
-    known = {manifest_lib.FILE, "anchor", "experts", ".lock"}
-    stray = [entry for entry in model.directory.iterdir() if entry.name not in known] + _unnamed(model)
-    for entry in stray:
-        raise errors.IntegrityError(f"{entry} is not named by the manifest of {model.directory}; remove it")
+    """Raises IntegrityError if a model's directory holds what its manifest does not name, or lacks what it names."""
+    named = {manifest_lib.FILE, manifest_lib.LOCK}
+    for artefact in model.artefacts:
+        below = artefact.directory.relative_to(model.directory)
+        named |= {f"{below}/{file}" for file in (*artefact.files(), *manifest_lib.BESIDE)}
+    found = storage.files(model.directory)
+    optional = {name for name in named if name.endswith((*manifest_lib.BESIDE, manifest_lib.LOCK))} - set(found)
+    store.check_listing(model.directory, found, named - optional, f"model {model.directory}")
 
 
-def _unnamed(model: Model) -> list[epath.Path]:
-    """Directories of experts that the manifest does not name: what an interrupted operation left."""
-    kept = {bundle.manifest["digest"] for bundle in model.bundles.values()}
-    experts = model.directory / "experts"
-    return [entry for entry in experts.iterdir() if entry.name not in kept] if experts.exists() else []
+def verify(model: Model) -> None:
+    """Reads every byte of a model against its manifests, and refuses what they do not name."""
+    for artefact in model.artefacts:
+        artefact.verify()
+    check_listing(model)
 
 
 def load_any(

@@ -6,8 +6,10 @@ from typing import Any
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
-from flexjax.experts import slices
+from flexjax.experts import provenance, slices
 from flexjax.model import transformer
+
+ENTRY = {"dtype", "shape", "slices", "max", "rms"}  # what a manifest says of a tensor
 
 
 def shared_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -17,14 +19,17 @@ def shared_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: shape for path, shape in shapes.items() if not path.startswith("experts/")}
 
 
-def expert_shapes(layers: int, d: int, d_ff: int, biased: bool) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes of one expert of a model of so many layers and d_model `d`, on disk."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "expert/ffn/gate": (layers, d, d_ff),
-        "expert/ffn/up": (layers, d, d_ff),
-        "expert/ffn/down": (layers, d_ff, d),
-        "expert/router/row": (layers, d),
-    }
+def expert_shapes(layers: int, d: int, d_ff: int, biased: bool, rank: int = 0) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of one expert of a model of so many layers and d_model `d`, on disk.
+
+    With a rank, the two factors a [L, ., r] and b [L, r, .] of what it adds to each public matrix.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"expert/router/row": (layers, d)}
+    for name, (inside, outside) in {"gate": (d, d_ff), "up": (d, d_ff), "down": (d_ff, d)}.items():
+        if rank:
+            shapes |= {f"expert/ffn/{name}/a": (layers, inside, rank), f"expert/ffn/{name}/b": (layers, rank, outside)}
+        else:
+            shapes[f"expert/ffn/{name}"] = (layers, inside, outside)
     return shapes | ({"expert/router/bias": (layers,)} if biased else {})
 
 
@@ -34,6 +39,17 @@ def statistics_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int | N
         "statistics/states": (config.num_layers, None, config.d_model),
         "statistics/projection": (None, config.d_model),
     }
+
+
+def stated_shape(declared: Mapping[str, Any], label: str) -> tuple[int, int]:
+    """Layers and d_model as a bundle itself states them, for looking at it without its anchor."""
+    try:
+        layers, d_model = (int(size) for size in declared["expert/router/row"]["shape"])
+    except (KeyError, TypeError, ValueError):
+        raise errors.IntegrityError(f"{label}: the manifest has no sound entry of tensor expert/router/row") from None
+    if not (0 < layers <= 2**12 and 0 < d_model <= 2**20):
+        raise errors.IntegrityError(f"{label}: {layers} layers of width {d_model} are not plausible")
+    return layers, d_model
 
 
 def check(
@@ -57,8 +73,15 @@ def check(
 
 def _check_entry(label: str, path: str, entry: Any, shape: tuple[int | None, ...]) -> None:
     """Checks dtype, shape and slices that a manifest states for one tensor; None in `shape` is any length up to 2**24."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "slices"} or str(entry["dtype"]) not in slices.ITEMSIZE:
-        raise errors.IntegrityError(f"{label}: its entry must hold a dtype of {', '.join(slices.ITEMSIZE)}, shape and slices")
+    if not isinstance(entry, dict) or set(entry) != ENTRY or str(entry["dtype"]) not in slices.ITEMSIZE:
+        raise errors.IntegrityError(
+            f"{label}: its entry must hold a dtype of {', '.join(slices.ITEMSIZE)}, shape, slices, max and rms"
+        )
+    for size in ("max", "rms"):
+        if not provenance.number(entry[size]) or entry[size] < 0:
+            raise errors.IntegrityError(
+                f"{label}: its {size} is {str(entry[size])[:20]}, expected a finite number of at least 0"
+            )
     stated, digests = entry["shape"], entry["slices"]
     if not (
         isinstance(stated, list)

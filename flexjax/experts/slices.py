@@ -5,20 +5,63 @@ row-major bytes, plus a constant `zarr.json`, so that any Zarr v3 reader opens i
 size follows from its shape, its SHA-256 is the slice's digest, and nothing needs more memory than one slice.
 """
 
+import dataclasses
 import json
-import os
-import stat
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+import ml_dtypes  # registers bfloat16 with NumPy
 import numpy as np
 from etils import epath
 
-from flexjax import distributed, errors, sharding, tree, workdir
+from flexjax import distributed, errors, sharding, storage, tree
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+BLOCK = 2**18  # numbers that are looked at together: they stay in a core's cache
+
+
+@dataclasses.dataclass
+class Magnitude:
+    """How large the numbers of a tensor are: what its manifest states, and everybody who reads it whole can compare.
+
+    Attributes:
+      max: largest absolute value; NaN or infinity if there is one.
+      squares: sum of squares.
+      count: of numbers.
+      subnormal: how many of them are subnormal, which honest training does not leave behind in numbers.
+    """
+
+    max: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+    subnormal: int = 0
+
+    @property
+    def rms(self) -> float:
+        """Root mean square."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        """Looks at numbers of any floating dtype."""
+        tiny = float(ml_dtypes.finfo(values.dtype).smallest_normal)
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, BLOCK):
+            block = np.abs(flat[start : start + BLOCK].astype(np.float32))
+            largest = float(block.max())
+            self.max = largest if math.isnan(largest) else max(self.max, largest)
+            self.squares += float(np.dot(block, block)) if largest < 1e15 else math.inf
+            if small := int(np.count_nonzero(block < tiny)):
+                self.subnormal += small - int(block.size - np.count_nonzero(block))
+        self.count += flat.size
+
+    def join(self, other: "Magnitude") -> None:
+        """Adds what was seen of another part of the tensor."""
+        self.max = other.max if math.isnan(other.max) else max(self.max, other.max)
+        self.squares += other.squares
+        self.count += other.count
+        self.subnormal += other.subnormal
 
 
 class TensorWriter:
@@ -33,7 +76,11 @@ class TensorWriter:
         self._writes = distributed.is_main()
 
     def put(self, path: str, dtype: str, shape: tuple[int, ...], slices: Iterable[np.ndarray]) -> None:
-        """Writes one tensor from consecutive pieces along its first axis, of any length each."""
+        """Writes one tensor from consecutive pieces along its first axis, of any length each.
+
+        Raises:
+          IntegrityError: it holds NaN or infinity, or its pieces do not make its shape. StorageError: it cannot be written.
+        """
         if not self._writes:
             for _ in slices:
                 pass  # only helps to fetch them
@@ -41,23 +88,21 @@ class TensorWriter:
         itemsize = ITEMSIZE[dtype]
         chunk = tree.chunk_shape(path, shape, itemsize)
         home = self.root / path
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            (home / "zarr.json").write_bytes(zarr_metadata(dtype, shape, chunk))
-            digests = []
-            for index, rows in enumerate(_regroup(slices, chunk[0])):
-                rows = np.ascontiguousarray(rows).astype(np.dtype(dtype).newbyteorder("<"), copy=False)
-                padding = np.zeros((chunk[0] - rows.shape[0], *chunk[1:]), rows.dtype)
-                data = (np.concatenate([rows, padding]) if padding.size else rows).tobytes()
-                target = home / slice_file(index, len(shape))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
-                digests.append(tree.sha256(data))
-        except OSError as error:
-            raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
+        storage.write(home / "zarr.json", [zarr_metadata(dtype, shape, chunk)])
+        digests, magnitude = [], Magnitude()
+        for index, rows in enumerate(regroup(slices, chunk[0])):
+            rows = np.ascontiguousarray(rows).astype(np.dtype(dtype).newbyteorder("<"), copy=False)
+            magnitude.add(rows)
+            if not math.isfinite(magnitude.max):
+                raise errors.IntegrityError(f"tensor {path} holds NaN or infinity (slice {index}); nothing was published")
+            padding = np.zeros((chunk[0] - rows.shape[0], *chunk[1:]), rows.dtype)
+            data = (np.concatenate([rows, padding]) if padding.size else rows).tobytes()
+            storage.write(home / slice_file(index, len(shape)), [data])
+            digests.append(tree.sha256(data))
         if len(digests) != slice_count(path, shape, itemsize):
             raise errors.IntegrityError(f"tensor {path}: {len(digests)} slices came, its shape {shape} needs another number")
-        self.entries[path] = {"dtype": dtype, "shape": list(shape), "slices": digests}
+        size = {"max": magnitude.max, "rms": rounded(magnitude.rms)}
+        self.entries[path] = {"dtype": dtype, "shape": list(shape), "slices": digests, **size}
 
     def put_tree(self, values: tree.Tree, check: Callable[[str, np.ndarray], None] = lambda path, rows: None) -> None:
         """Writes all leaves of a tree of arrays; `check(path, rows)` may raise before a slice is written."""
@@ -80,6 +125,11 @@ def pieces(path: str, leaf: Any) -> Iterator[np.ndarray]:
             yield leaf[start : start + size]
         else:
             yield sharding.fetch(jax.lax.dynamic_slice_in_dim(leaf, start, size))
+
+
+def rounded(value: float) -> float:
+    """To six digits, so that the order of summation is not seen."""
+    return float(f"{value:.6g}")
 
 
 def zarr_metadata(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> bytes:
@@ -108,8 +158,8 @@ def slice_file(index: int, rank: int) -> str:
     return "/".join(["c", str(index), *["0"] * (rank - 1)])
 
 
-def _regroup(pieces: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """Cuts or joins consecutive pieces into groups of exactly `rows` rows (the last may be shorter)."""
+def regroup(pieces: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """Cuts or joins consecutive pieces into groups of exactly `rows` rows; the last may be shorter."""
     rest: np.ndarray | None = None
     for piece in pieces:
         rest = piece if rest is None or not rest.shape[0] else np.concatenate([rest, piece])
@@ -118,41 +168,3 @@ def _regroup(pieces: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
             rest = rest[rows:]
     if rest is not None and rest.shape[0]:
         yield rest
-
-
-def read_small(path: epath.Path, limit: int) -> bytes:
-    """Reads a regular file whose size is not known beforehand; raises IntegrityError as `read_file`, or above the limit."""
-    size = path.stat().length if path.exists() else 0
-    if size > limit:
-        raise errors.IntegrityError(f"{path} has {size} bytes; no honest one has more than {limit}")
-    return read_file(path, size)
-
-
-def read_file(path: epath.Path, size: int) -> bytes:
-    """Reads a file of exactly this size; local symbolic links and special files are refused.
-
-    Raises:
-      IntegrityError: the file is missing, of another size, or no regular file.
-    """
-    if not workdir.is_local(path):
-        if not path.exists():
-            raise errors.IntegrityError(f"{path} is missing; restore the file or fetch the directory again")
-        data = path.read_bytes()
-    else:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise errors.IntegrityError(f"{path} is missing; restore the file or fetch the directory again") from None
-        except OSError as error:
-            raise errors.IntegrityError(f"{path} is no readable regular file ({error.strerror}); refused") from None
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise errors.IntegrityError(f"{path} is no regular file; refused")
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(size + 1) if status.st_size == size else b""
-            if status.st_size != size:
-                raise errors.IntegrityError(f"{path} has {status.st_size} bytes, expected {size}; fetch it again")
-    if len(data) != size:
-        raise errors.IntegrityError(f"{path} has {len(data)} bytes, expected {size}; fetch it again")
-    return data

@@ -1,50 +1,80 @@
-"""Anchors and bundles on disk.
+"""Anchors and bundles on disk or in a bucket.
 
     ANCHOR/   manifest.json  tokenizer.*  tensors/{embed,layers,head,expert,statistics}/...
-    BUNDLE/   manifest.json               tensors/expert/{ffn,router}/...
+    BUNDLE/   manifest.json               tensors/expert/{ffn,router}/...  [tensors/shared/...]
 
-What a manifest does not name does not exist. Bytes are hashed as they are read: what was verified is what is used.
+What a manifest does not name does not exist, but for a signature and a card (`manifest.BESIDE`). Bytes are hashed as they
+are read: what was verified is what is used.
 """
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Union
 
 import numpy as np
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import distributed, errors, tree
+from flexjax import distributed, errors, storage, tree
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
+from flexjax.experts import provenance as provenance_lib
 from flexjax.experts import schema, slices, surgery
 
 TOKENIZER_FILES = (tokenizer_lib.SENTENCEPIECE_FILE, tokenizer_lib.HUGGING_FACE_FILE)
 TOKENIZER_BYTES = 2**28
+ROUTER = "expert/router/"
 
 
 @dataclasses.dataclass
 class Artefact:
-    """An anchor or a bundle whose manifest has been checked; tensors are read, and verified, on demand."""
+    """An anchor, a bundle or averaged leaves whose manifest has been checked; tensors are read, and verified, on demand.
+
+    Attributes:
+      directory, manifest, label: where it lies, what it says of itself, and how messages name it.
+      instead: tensors that others take the place of when they are read: what a model has calibrated or averaged. An array
+        of the whole tensor, or the artefact that holds one of the same path.
+    """
 
     directory: epath.Path
     manifest: manifest_lib.Manifest
     label: str
+    instead: Mapping[str, Union[np.ndarray, "Artefact"]] = dataclasses.field(default_factory=dict)
 
     def slice_at(self, path: str, index: int) -> np.ndarray:
         """Reads one slice of a tensor (a layer, or a block of rows), verifying it against the manifest."""
+        other = self.instead.get(path)
+        if isinstance(other, Artefact):
+            return other.slice_at(path, index)
+        dtype, shape, chunk = self._layout(path)
+        if other is not None:
+            return other[index * chunk[0] : (index + 1) * chunk[0]]
+        file = self.slice_path(path, index)
+        data = storage.read(file, self.slice_bytes(path), self.directory)
+        if tree.sha256(data) != self.manifest["tensors"][path]["slices"][index]:
+            raise self.damaged(path, index)
+        return np.frombuffer(data, dtype).reshape(chunk)[: shape[0] - index * chunk[0]]
+
+    def slice_path(self, path: str, index: int) -> epath.Path:
+        """The file of one slice."""
+        return self.directory / "tensors" / path / slices.slice_file(index, len(self.manifest["tensors"][path]["shape"]))
+
+    def slice_bytes(self, path: str) -> int:
+        """Size of each of a tensor's files; the last is filled up."""
+        dtype, _, chunk = self._layout(path)
+        return int(np.prod(chunk, dtype=np.int64)) * dtype.itemsize
+
+    def _layout(self, path: str) -> tuple[np.dtype, tuple[int, ...], tuple[int, ...]]:
         entry = self.manifest["tensors"][path]
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
-        chunk = tree.chunk_shape(path, shape, dtype.itemsize)
-        size = int(np.prod(chunk, dtype=np.int64)) * dtype.itemsize
-        file = self.directory / "tensors" / path / slices.slice_file(index, len(shape))
-        data = slices.read_file(file, size)
-        if tree.sha256(data) != entry["slices"][index]:
-            raise errors.IntegrityError(
-                f"{file}: bytes differ from the manifest of {self.label} (tensor {path}, slice {index}); restore the file"
-            )
-        return np.frombuffer(data, dtype).reshape(chunk)[: shape[0] - index * chunk[0]]
+        return dtype, shape, tree.chunk_shape(path, shape, dtype.itemsize)
+
+    def damaged(self, path: str, index: int) -> errors.IntegrityError:
+        """What to raise for a slice whose bytes are not those of the manifest."""
+        file = self.slice_path(path, index)
+        return errors.IntegrityError(
+            f"{file}: bytes differ from the manifest of {self.label} (tensor {path}, slice {index}); restore the file"
+        )
 
     def slices_of(self, path: str) -> Iterator[np.ndarray]:
         """Reads one tensor slice by slice, verifying each against the manifest."""
@@ -64,22 +94,57 @@ class Artefact:
         """The shared tree {embed, layers, head} of an anchor."""
         return {part: self.tensors(part) for part in ("embed", "layers", "head")}
 
+    def files(self) -> set[str]:
+        """Names of all files that the manifest accounts for, itself included."""
+        named = {manifest_lib.FILE, *tokenizer_files(self.manifest)}
+        for path, entry in self.manifest["tensors"].items():
+            count, rank = len(entry["slices"]), len(entry["shape"])
+            named |= {f"tensors/{path}/{file}" for file in ("zarr.json", *(slices.slice_file(i, rank) for i in range(count)))}
+        return named
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.slice_bytes(path) * len(entry["slices"]) for path, entry in self.manifest["tensors"].items())
+
     def verify(self) -> None:
         """Reads every byte, and refuses files that the manifest does not name."""
-        expected = {manifest_lib.FILE, *_extra_files(self.manifest)}
-        for path, entry in self.manifest["tensors"].items():
-            expected.add(f"tensors/{path}/zarr.json")
-            expected |= {f"tensors/{path}/{slices.slice_file(i, len(entry['shape']))}" for i in range(len(entry["slices"]))}
+        for path in self.manifest["tensors"]:
+            magnitude = slices.Magnitude()
             for rows in self.slices_of(path):
                 check_content(path, rows, self.label)
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
-            metadata = slices.zarr_metadata(dtype, shape, tree.chunk_shape(path, shape, slices.ITEMSIZE[dtype]))
-            if slices.read_file(self.directory / "tensors" / path / "zarr.json", len(metadata)) != metadata:
+                magnitude.add(rows)
+            self.check_magnitude(path, magnitude)
+            metadata = self.zarr_metadata(path)
+            if storage.read(self.directory / "tensors" / path / "zarr.json", len(metadata), self.directory) != metadata:
                 raise errors.IntegrityError(f"{self.directory}/tensors/{path}/zarr.json does not describe the tensor; refused")
-        if _extra_files(self.manifest):
+        if tokenizer_files(self.manifest):
             tokenizer_path(self)
-        for file in sorted(_listing(self.directory) - expected):
-            raise errors.IntegrityError(f"{self.directory / file} is not named by the manifest of {self.label}; remove it")
+        check_listing(self.directory, storage.files(self.directory), self.files(), self.label)
+
+    def zarr_metadata(self, path: str) -> bytes:
+        """What the `zarr.json` of a tensor must hold."""
+        dtype, shape, chunk = self._layout(path)
+        return slices.zarr_metadata(dtype.name, shape, chunk)
+
+    def check_magnitude(self, path: str, found: slices.Magnitude) -> None:
+        """Raises IntegrityError if a tensor, read whole, is not finite, or not as large as its manifest states."""
+        stated = self.manifest["tensors"][path]
+        if not np.isfinite(found.max):
+            raise errors.IntegrityError(f"{self.label}: tensor {path} holds NaN or infinity; ask its owner for a sound bundle")
+        if found.max != stated["max"] or abs(found.rms - stated["rms"]) > 1e-3 * found.rms:
+            raise errors.IntegrityError(
+                f"{self.label}: tensor {path} has max {found.max:.6g} and rms {found.rms:.6g}, "
+                f"its manifest states {stated['max']:.6g} and {stated['rms']:.6g}; refused"
+            )
+        if found.subnormal > MOST_SUBNORMAL * found.count:
+            raise errors.IntegrityError(
+                f"{self.label}: tensor {path} holds {found.subnormal} subnormal numbers of {found.count}; "
+                "training leaves none behind, and they slow a processor down a hundredfold; refused"
+            )
+
+
+MOST_SUBNORMAL = 1e-3
 
 
 def check_content(path: str, rows: np.ndarray, label: str) -> None:
@@ -91,16 +156,17 @@ def check_content(path: str, rows: np.ndarray, label: str) -> None:
         raise errors.IntegrityError(f"{label}: tensor {path} holds a positive bias; a bias may only lower an expert's claim")
 
 
-def _extra_files(manifest: manifest_lib.Manifest) -> set[str]:
+def check_listing(directory: epath.Path, found: Mapping[str, storage.Entry], named: set[str], label: str) -> None:
+    """Raises IntegrityError for the first file that a manifest does not name, or that it names and is not there."""
+    for file in sorted(set(found) - named - set(manifest_lib.BESIDE)):
+        raise errors.IntegrityError(f"{directory / file} is not named by the manifest of {label}; remove it")
+    for file in sorted(named - set(found)):
+        raise errors.IntegrityError(f"{directory / file} is missing; restore the file or fetch the directory again")
+
+
+def tokenizer_files(manifest: manifest_lib.Manifest) -> set[str]:
+    """The name of an anchor's tokenizer file, if it has one."""
     return {manifest["tokenizer"]["file"]} if manifest["kind"] == "anchor" and manifest["tokenizer"] else set()
-
-
-def _listing(directory: epath.Path) -> set[str]:
-    files = set()
-    for entry in directory.iterdir():
-        nested = entry.is_dir() and not os.path.islink(entry)
-        files |= {f"{entry.name}/{below}" for below in _listing(entry)} if nested else {entry.name}
-    return files
 
 
 def write_anchor(
@@ -125,7 +191,7 @@ def write_anchor(
         if name not in TOKENIZER_FILES:
             raise errors.ConfigError(f"{source} is no tokenizer; give a .model or .json file")
         if distributed.is_main():
-            (home / name).write_bytes(data)
+            storage.write(home / name, [data])
         tokenizer = {"file": name, "digest": tree.sha256(data)}
     writer = slices.TensorWriter(home)
     tensors(writer)
@@ -143,14 +209,14 @@ def write_anchor(
 
 def _begin(directory: epath.PathLike) -> epath.Path:
     """The directory that all processes write together: process 0 its files, all of them the same manifest in memory."""
-    home = fresh(directory) if distributed.is_main() else epath.Path(directory)
+    home = manifest_lib.fresh(directory) if distributed.is_main() else epath.Path(directory)
     distributed.barrier("artefact")
     return home
 
 
 def _commit(home: epath.Path, manifest: manifest_lib.Manifest) -> None:
     if distributed.is_main():
-        manifest_lib.write(home, manifest_lib.seal(manifest))
+        manifest_lib.write(home, manifest_lib.seal(manifest), generation=0)
     distributed.barrier("artefact")
 
 
@@ -184,7 +250,7 @@ def tokenizer_path(anchor: Artefact) -> epath.Path:
             "add tokenizer.json to that folder and import it again"
         )
     path = anchor.directory / entry["file"]
-    if tree.sha256(slices.read_small(path, TOKENIZER_BYTES)) != entry["digest"]:
+    if tree.sha256(storage.read_small(path, TOKENIZER_BYTES)) != entry["digest"]:
         raise errors.IntegrityError(f"{path} is not the tokenizer that the anchor was trained with; restore it")
     return path
 
@@ -198,18 +264,26 @@ def _check_tokenizer_entry(anchor: Artefact) -> None:
 
 
 def write_bundle(
-    directory: epath.PathLike, name: str, anchor: Artefact, expert: tree.Tree, training: dict[str, Any]
+    directory: epath.PathLike,
+    name: str,
+    anchor: Artefact,
+    expert: tree.Tree,
+    training: dict[str, Any],
+    provenance: provenance_lib.Provenance = provenance_lib.Provenance(),
+    shared: tree.Tree | None = None,
 ) -> Artefact:
-    """Writes one expert: its FFN, router row and effective bias (never above 0)."""
+    """Writes one expert: its FFN, router row and effective bias (never above 0), and the shared leaves that it unfroze."""
 
     def put(writer: slices.TensorWriter) -> None:
-        writer.put_tree({"expert": expert}, lambda path, rows: check_content(path, rows, f"expert '{name}'"))
+        carried = {"expert": expert} | ({"shared": shared} if shared else {})
+        writer.put_tree(carried, lambda path, rows: check_content(path, rows, f"expert '{name}'"))
 
+    width, rank = surgery.width(expert), surgery.rank(expert)
     try:
-        return stream_bundle(directory, name, anchor, surgery.width(expert), put, training)
+        return stream_bundle(directory, name, anchor, width, put, training, rank=rank, provenance=provenance)
     except errors.IntegrityError:
         if distributed.is_main():
-            epath.Path(directory).rmtree()  # what was begun; it has no manifest
+            storage.delete(epath.Path(directory))  # what was begun; it has no manifest
         raise
 
 
@@ -220,8 +294,11 @@ def stream_bundle(
     d_ff: int,
     tensors: Callable[[slices.TensorWriter], None],
     training: dict[str, Any],
+    *,
+    rank: int = 0,
+    provenance: provenance_lib.Provenance = provenance_lib.Provenance(),
 ) -> Artefact:
-    """Writes one expert slice by slice: `tensors(writer)` puts expert/, whose content the caller has checked."""
+    """Writes one expert slice by slice: `tensors(writer)` puts expert/ and shared/, whose content the caller has checked."""
     manifest_lib.check_name(name)
     home = _begin(directory)
     writer = slices.TensorWriter(home)
@@ -231,76 +308,38 @@ def stream_bundle(
         "name": name,
         **manifest_lib.lineage(anchor.manifest),
         "d_ff": d_ff,
+        "rank": rank,
         "tensors": writer.entries,
         "training": training,
+        **provenance.fields(),
     }
     _commit(home, manifest)
-    return Artefact(home, manifest_lib.read(home, "expert"), f"expert '{name}' in {home}")
+    return open_bundle(home, config_of(anchor))
 
 
 def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig | None) -> Artefact:
     """Opens a bundle and checks its manifest against the shapes of an anchor (None: its own); no tensor is read."""
     home = epath.Path(directory)
     manifest = manifest_lib.read(home, "expert")
-    name = manifest["name"]
-    if not isinstance(name, str):
-        raise errors.IntegrityError(f"{home}: the expert's name must be a string")
-    bundle = Artefact(home, manifest, f"expert '{manifest_lib.check_name(name)}' in {home}")
-    d_ff = manifest["d_ff"]
+    bundle = Artefact(home, manifest, f"expert '{manifest_lib.check_name(manifest['name'])}' in {home}")
+    d_ff, rank = manifest["d_ff"], manifest["rank"]
     widest = 2**20 if config is None else config.d_ff * 8
-    if not isinstance(d_ff, int) or isinstance(d_ff, bool) or not 0 < d_ff <= widest:
+    if not 0 < d_ff <= widest:
         raise errors.IntegrityError(f"{bundle.label}: d_ff is {str(d_ff)[:20]}, expected a width of 1 to {widest}")
-    layers, d_model = _stated_shape(bundle) if config is None else (config.num_layers, config.d_model)
-    schema.check(manifest["tensors"], bundle.label, schema.expert_shapes(layers, d_model, d_ff, biased=True))
+    layers, d_model = (
+        schema.stated_shape(manifest["tensors"], bundle.label) if config is None else (config.num_layers, config.d_model)
+    )
+    if not 0 <= rank <= min(d_model, d_ff) or (rank and config is not None and d_ff != config.d_ff):
+        raise errors.IntegrityError(f"{bundle.label}: rank {str(rank)[:20]} with d_ff {d_ff} is none that an expert can have")
+    margins = manifest["margins"]
+    if margins is not None and len(margins["values"]) != layers:
+        raise errors.IntegrityError(f"{bundle.label}: margins of {len(margins['values'])} layers, the model has {layers}")
+    carried = {} if config is None else {f"shared/{path}": shape for path, shape in schema.shared_shapes(config).items()}
+    own = {path: entry for path, entry in manifest["tensors"].items() if config is not None or not path.startswith("shared/")}
+    schema.check(own, bundle.label, schema.expert_shapes(layers, d_model, d_ff, biased=True, rank=rank), carried)
     return bundle
 
 
-def _stated_shape(bundle: Artefact) -> tuple[int, int]:
-    """Layers and d_model as the bundle itself states them, for looking at it without its anchor."""
-    try:
-        layers, d_model = (int(size) for size in bundle.manifest["tensors"]["expert/router/row"]["shape"])
-    except (KeyError, TypeError, ValueError):
-        raise errors.IntegrityError(f"{bundle.label}: the manifest has no sound entry of tensor expert/router/row") from None
-    if not (0 < layers <= 2**12 and 0 < d_model <= 2**20):
-        raise errors.IntegrityError(f"{bundle.label}: {layers} layers of width {d_model} are not plausible")
-    return layers, d_model
-
-
-def copy(artefact: Artefact, target: epath.Path) -> None:
-    """Copies an artefact through verified reads; the manifest comes last."""
-    home = fresh(target)
-    writer = slices.TensorWriter(home)
-    for path, entry in artefact.manifest["tensors"].items():
-        pieces = artefact.slices_of(path)
-        writer.put(path, entry["dtype"], tuple(entry["shape"]), _checked(pieces, path, artefact.label))
-    if _extra_files(artefact.manifest):
-        source = tokenizer_path(artefact)
-        (home / source.name).write_bytes(source.read_bytes())
-    manifest_lib.write(home, artefact.manifest)
-
-
-def _checked(pieces: Iterator[np.ndarray], path: str, label: str) -> Iterator[np.ndarray]:
-    for piece in pieces:
-        check_content(path, piece, label)
-        yield piece
-
-
-def fresh(directory: epath.PathLike) -> epath.Path:
-    """An empty directory to write to, holding the manifest's partial file until the manifest replaces it.
-
-    What an interrupted write left behind is known by that file and swept; anything else is never overwritten.
-    """
-    home = epath.Path(directory)
-    unfinished = home / manifest_lib.PARTIAL
-    if (home / manifest_lib.FILE).exists():
-        raise errors.StorageError(f"{home} already holds a finished artefact; choose another directory or remove it")
-    try:
-        if unfinished.exists():
-            home.rmtree()
-        elif home.exists() and any(home.iterdir()):
-            raise errors.StorageError(f"{home} is not empty and not ours; choose another directory")
-        home.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(b"")
-    except OSError as error:
-        raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
-    return home
+def carried(bundle: Artefact) -> list[str]:
+    """Paths of the shared leaves that a bundle carries because its training unfroze them, as the anchor names them."""
+    return sorted(path.removeprefix("shared/") for path in bundle.manifest["tensors"] if path.startswith("shared/"))

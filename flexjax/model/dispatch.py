@@ -27,6 +27,24 @@ KEPT = "expert rows"  # names what a policy of `jax.checkpoint` should keep: exc
 Multiply = Callable[[Array, Array, Array], Array]
 
 
+def apart(banks: Sequence[config_lib.Bank]) -> tuple[config_lib.Bank, ...]:
+    """Banks whose experts tokens are sent to: all, but for low-rank ones and `public`, whose products these share."""
+    if not any(bank.rank for bank in banks):
+        return tuple(banks)
+    return tuple(bank for bank in banks if not bank.rank and config_lib.PUBLIC not in bank.experts)
+
+
+def among(routing: router.Routing, banks: Sequence[config_lib.Bank], kept: Sequence[config_lib.Bank]) -> router.Routing:
+    """A decision over the experts of `banks` as one over those of `kept`: other choices are not sent."""
+    names, left = router.expert_names(banks), router.expert_names(kept)
+    place = jnp.array([*(left.index(name) if name in left else len(left) for name in names), len(left)])
+    indices = place[routing.indices]
+    probabilities = jnp.stack([routing.probabilities[..., names.index(name)] for name in left], axis=-1)
+    return dataclasses.replace(
+        routing, probabilities=probabilities, indices=indices, gates=jnp.where(indices < len(left), routing.gates, 0)
+    )
+
+
 def _experts(
     x: Float[Array, "M D"], ffns: Sequence[Ffn], starts: Int[Array, " S"], sizes: Int[Array, " S"], kernel: str
 ) -> Float[Array, "M D"]:
@@ -66,8 +84,9 @@ def dropless(
     banks: Sequence[config_lib.Bank],
     routing: router.Routing,
     kernel: str = "auto",
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "B T D"]:
-    """Computes the chosen experts only, on one device; `kernel` as for `kernels.grouped_matmul`."""
+    """Computes the chosen experts only, on one device; `kernel` as for `kernels.grouped_matmul`, `dtype` None for that of h."""
     k, num_experts = routing.indices.shape[-1], routing.probabilities.shape[-1]
     place = jnp.array([*router.positions(banks), num_experts])  # the sentinel sorts behind all experts
     planned = exchange.plan(place[routing.indices.reshape(-1)].reshape(-1, k), 1, num_experts)
@@ -76,7 +95,7 @@ def dropless(
         return _experts(x, ffns, starts, sizes, kernel)
 
     out = _mixture(h.reshape(-1, h.shape[-1]), routing.gates.reshape(-1, k), planned, multiply)
-    return out.reshape(h.shape).astype(h.dtype)
+    return out.reshape(h.shape).astype(dtype or h.dtype)
 
 
 def sharded(
@@ -88,6 +107,7 @@ def sharded(
     transport: str = "auto",
     kernel: str = "auto",
     whole: Sequence[str] = (),
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "B T D"]:
     """The same on a mesh: no sort is global, and no expert leaves its device.
 
@@ -99,6 +119,7 @@ def sharded(
       transport: one of `TRANSPORTS`.
       kernel: see `kernels.grouped_matmul`.
       whole: banks of which every device of an `fsdp` group has all of D; others are gathered, their gradients scattered.
+      dtype: of the result; None for that of `h`.
 
     Raises:
       ConfigError: the devices cannot do the transport.
@@ -124,7 +145,7 @@ def sharded(
         with jax.named_scope("plan"):
             planned = exchange.plan(jnp.asarray(place)[indices.reshape(-1, k)], devices, slots, ragged)
         rows, parts = h.reshape(-1, h.shape[-1]), gates.reshape(-1, k)
-        out = _mixture(rows, parts, planned, lambda *groups: multiply(*groups, ffns)).astype(h.dtype)
+        out = _mixture(rows, parts, planned, lambda *groups: multiply(*groups, ffns)).astype(dtype or h.dtype)
         return jax.lax.psum(out, "tensor").reshape(h.shape)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(batch, batch, batch, splits), out_specs=batch)
@@ -195,6 +216,7 @@ def buffer_bound(
     banks: Sequence[config_lib.Bank], mesh: Mesh | None, tokens: int, top_k: int, d_model: int, dtype: jax.typing.DTypeLike
 ) -> Room:
     """The room that the exchange needs, in one pass of one layer with `tokens` tokens a device; both transports alike."""
-    devices = sharding.size(mesh, exchange.AXIS)
-    pair = exchange.pair_rows(tokens, top_k, sum(-(-len(bank.experts) // devices) for bank in banks))
-    return Room(tokens * top_k, pair, devices * pair, devices * pair * d_model * jnp.dtype(dtype).itemsize)
+    devices, sent = sharding.size(mesh, exchange.AXIS), apart(banks)
+    pair = exchange.pair_rows(tokens, top_k, sum(-(-len(bank.experts) // devices) for bank in sent))
+    expected = tokens * top_k * len(router.expert_names(sent)) // len(router.expert_names(banks))
+    return Room(expected, pair, devices * pair, devices * pair * d_model * jnp.dtype(dtype).itemsize)

@@ -42,6 +42,21 @@ class Expert(nnx.Module):
         self.down = _weight(rngs, config.init_std, expert=e, mlp=f, embed=d)
 
 
+class LowRank(nnx.Module):
+    """One bank of low-rank experts of one layer: of each matrix of the public expert, two factors; at first they add 0."""
+
+    def __init__(self, config: config_lib.ModelConfig, bank: config_lib.Bank, rngs: nnx.Rngs) -> None:
+        e, r = len(bank.experts), bank.rank
+
+        def factors(inside: dict[str, int], outside: dict[str, int]) -> nnx.Dict:
+            (fan_in,) = inside.values()
+            a = _weight(rngs, fan_in**-0.5, expert=e, **inside, whole=r)
+            return nnx.Dict(a=a, b=_weight(rngs, 0.0, expert=e, whole=r, **outside))
+
+        narrow, wide = {"embed": config.d_model}, {"column": bank.d_ff}
+        self.gate, self.up, self.down = factors(narrow, wide), factors(narrow, wide), factors(wide, narrow)
+
+
 class Router(nnx.Module):
     """The rows and biases of one bank of one layer."""
 

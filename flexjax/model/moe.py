@@ -2,11 +2,13 @@
 
 `dense` computes every expert on every token: right for pairs and whenever all experts are active. `dispatch` sends tokens
 to the experts they chose and computes exactly those. Both select with `where` before and after an expert, so that what a
-forbidden expert holds, NaN included, reaches neither values nor gradients.
+forbidden expert holds, NaN included, reaches neither values nor gradients. Low-rank experts are computed beside `public`,
+whose products they share, on every token on either path.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from flexjax import config as config_lib
 from flexjax import sharding
-from flexjax.model import dispatch, kernels, router
+from flexjax.model import dispatch, kernels, low_rank, router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ def swiglu(x: Float[Array, "... D"], gate: Array, up: Array, down: Array, mesh: 
 
 def dense(
     h: Float[Array, "B T D"],
-    ffns: Sequence[dispatch.Ffn],
+    ffns: Sequence[Any],
     banks: Sequence[config_lib.Bank],
     gates: Float[Array, "B T E"],
     allowed: Bool[Array, "B E"] | None,
@@ -43,10 +45,10 @@ def dense(
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T D"]:
     """Computes all experts; with `skip_idle`, an expert that no token chose is skipped at run time (decoding)."""
-    slots = [(ffn, slot) for ffn, bank in zip(ffns, banks, strict=True) for slot in range(len(bank.experts))]
-    out = jnp.zeros(h.shape, jnp.float32)
-    for e, place in enumerate(router.positions(banks)):
-        ffn, slot = slots[place]
+    out, apart = _together(h, ffns, banks, gates, skip_idle, mesh), dispatch.apart(banks)
+    for e, (bank, ffn, slot) in enumerate(_ordered(ffns, banks)):
+        if bank not in apart:
+            continue
         x = h if allowed is None else jnp.where(allowed[:, e, None, None], h, 0)
         weights = ffn["gate"][slot], ffn["up"][slot], ffn["down"][slot]
         gate = gates[..., e, None]
@@ -58,14 +60,41 @@ def dense(
     return out.astype(h.dtype)
 
 
-def is_sparse(num_experts: int, top_k: int) -> bool:
-    """Whether tokens are sent to the experts they chose: not in a pair, and not where every expert is active."""
-    return num_experts > 2 and top_k < num_experts
+def _ordered(ffns: Sequence[Any], banks: Sequence[config_lib.Bank]) -> list[tuple[config_lib.Bank, Any, int]]:
+    """Bank, its weights, and slot there, of each expert in canonical order."""
+    slots = [(bank, ffn, slot) for ffn, bank in zip(ffns, banks, strict=True) for slot in range(len(bank.experts))]
+    return [slots[place] for place in router.positions(banks)]
+
+
+def _together(
+    h: Array, ffns: Sequence[Any], banks: Sequence[config_lib.Bank], gates: Array, skip_idle: bool, mesh: Mesh | None
+) -> Float[Array, "B T D"]:
+    """The gated sum of the low-rank experts and of `public` beside them, in float32; 0 where no expert is of low rank."""
+    members: list[Any] = []
+    parts, apart = [], dispatch.apart(banks)
+    for e, (bank, ffn, slot) in enumerate(_ordered(ffns, banks)):
+        if bank not in apart:  # in canonical order: `public` is the first
+            members.append({part: _slot(weight, slot) for part, weight in ffn.items()})
+            parts.append(gates[..., e : e + 1])
+    if not members:
+        return jnp.zeros(h.shape, jnp.float32)
+    return low_rank.mixture(h, members[0], members[1:], jnp.concatenate(parts, axis=-1), skip_idle, mesh)
+
+
+def _slot(weight: Any, slot: int) -> Any:
+    """One expert's matrix, or both of its factors."""
+    return {side: factor[slot] for side, factor in weight.items()} if isinstance(weight, dict) else weight[slot]
+
+
+def is_sparse(banks: Sequence[config_lib.Bank], top_k: int) -> bool:
+    """Whether tokens are sent to the experts they chose: not in a pair, nor where all are active or none lives apart."""
+    num_experts = len(router.expert_names(banks))
+    return num_experts > 2 and top_k < num_experts and bool(dispatch.apart(banks))
 
 
 def apply(
     h: Float[Array, "B T D"],
-    ffns: Sequence[dispatch.Ffn],
+    ffns: Sequence[Any],
     banks: Sequence[config_lib.Bank],
     routing: router.Routing,
     allowed: Bool[Array, "B E"] | None,
@@ -77,12 +106,19 @@ def apply(
     Args:
       h, routing, allowed: on a mesh, split over `sharding.BATCH` in B.
       ffns: weights by bank, in the dtype of `h`. On a mesh, those of a dense layer are split over `tensor` alone; those
-        of a sparse one lie as stored, see `dispatch.sharded`.
+        of a sparse one lie as stored, see `dispatch.sharded`. Low-rank factors, and `public` beside them, may lie either way.
       mesh: the devices; None for one.
       how: what a mesh has to know for the sparse path, and the grouped matmul.
     """
-    if not is_sparse(routing.probabilities.shape[-1], routing.indices.shape[-1]):
+    if not is_sparse(banks, routing.indices.shape[-1]):
         return dense(h, ffns, banks, router.dense_gates(routing), allowed, mesh=mesh)
+    beside, dtype, apart = None, h.dtype, dispatch.apart(banks)
+    if len(apart) < len(banks):
+        beside, dtype = _together(h, ffns, banks, router.dense_gates(routing), False, mesh), jnp.dtype(jnp.float32)
+        ffns = [ffn for ffn, bank in zip(ffns, banks, strict=True) if bank in apart]
+        routing = dispatch.among(routing, banks, apart)
     if mesh is None or mesh.size == 1:
-        return dispatch.dropless(h, ffns, banks, routing, how.kernel)
-    return dispatch.sharded(h, ffns, banks, routing, mesh, how.transport, how.kernel, how.whole)
+        y = dispatch.dropless(h, ffns, apart, routing, how.kernel, dtype)
+    else:
+        y = dispatch.sharded(h, ffns, apart, routing, mesh, how.transport, how.kernel, how.whole, dtype)
+    return y if beside is None else (beside + y).astype(h.dtype)

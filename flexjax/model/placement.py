@@ -1,6 +1,5 @@
 """Whole models on a mesh: drawn there, or laid there."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,12 +38,12 @@ def assemble(
 
 def pad(params: tree.Tree, architecture: transformer.Architecture, mesh: Mesh | None) -> tree.Tree:
     """Fills each bank of experts that live apart up to a multiple of the `expert` axis, with experts that get no token."""
-    parts = sharding.size(mesh, "expert")
-    if parts == 1 or not architecture.sparse:
+    parts, apart = sharding.size(mesh, "expert"), transformer.living_apart(architecture)
+    if parts == 1 or not apart:
         return params
 
     def fill(path: str, leaf: Any) -> Any:
-        missing = -leaf.shape[1] % parts if re.fullmatch("experts/[^/]*/ffn/.*", path) else 0
+        missing = -leaf.shape[1] % parts if path.startswith(apart) else 0
         return leaf if not missing else jnp.pad(leaf, [(0, missing if axis == 1 else 0) for axis in range(leaf.ndim)])
 
     return tree.map_with_path(fill, params)

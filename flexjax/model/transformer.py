@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import config as config_lib
 from flexjax import errors, sharding, tree
-from flexjax.model import attention, collectives, dispatch, kernels, modules, moe, router
+from flexjax.model import attention, collectives, dispatch, kernels, low_rank, modules, moe, router
 
 Params = tree.Tree
 
@@ -46,7 +46,7 @@ class Architecture:
     @property
     def sparse(self) -> bool:
         """Whether tokens are sent to the experts they chose, rather than every expert computed on every token."""
-        return moe.is_sparse(len(self.experts), self.top_k)
+        return moe.is_sparse(self.banks, self.top_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +106,15 @@ def _modules(architecture: Architecture) -> dict[str, tuple[Build, int]]:
         "head": (partial(modules.Head, config), 0),
     }
     for bank in architecture.banks:
-        parts[f"experts/{bank.name}/ffn"] = (partial(modules.Expert, config, bank), config.num_layers)
+        kind = modules.LowRank if bank.rank else modules.Expert
+        parts[f"experts/{bank.name}/ffn"] = (partial(kind, config, bank), config.num_layers)
         if architecture.routed:
             parts[f"experts/{bank.name}/router"] = (partial(modules.Router, config, bank), config.num_layers)
     return parts
 
 
 def init(architecture: Architecture, seed: int) -> Params:
-    """Draws a parameter tree in float32, weights from N(0, init_std), norms 1, biases 0."""
+    """Draws a parameter tree in float32, weights from N(0, init_std), norms 1, biases 0; low-rank experts add 0."""
     parts = {}
     for index, (path, (build, layers)) in enumerate(_modules(architecture).items()):
 
@@ -138,9 +139,18 @@ def logical_axes(architecture: Architecture) -> Params:
         axes = {"/".join(map(str, key)): leaf.get_metadata("axes") for key, leaf in nnx.to_flat_state(state)}
         parts[path] = {key: (("layer", *names) if layers else names) for key, names in axes.items()}
     found = tree.flatten({path: tree.unflatten(part) for path, part in parts.items()})
-    if not architecture.sparse:  # every token needs every expert: none of them lives apart
-        found = {path: tuple("whole" if name == "expert" else name for name in names) for path, names in found.items()}
-    return tree.unflatten(found)
+    apart = living_apart(architecture)
+
+    def place(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        return names if path.startswith(apart) else tuple("whole" if name == "expert" else name for name in names)
+
+    return tree.unflatten({path: place(path, names) for path, names in found.items()})
+
+
+def living_apart(architecture: Architecture) -> tuple[str, ...]:
+    """Where the weights of experts begin that a mesh's `expert` axis splits: none if every token needs every expert."""
+    banks = dispatch.apart(architecture.banks) if architecture.sparse else ()
+    return tuple(f"experts/{bank.name}/ffn/" for bank in banks)
 
 
 def splits(architecture: Architecture) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -151,7 +161,7 @@ def splits(architecture: Architecture) -> dict[str, tuple[int, tuple[str, ...]]]
         "model.num_kv_heads": (config.num_kv_heads, rules["kv_heads"]),
         "model.vocab_size": (config.vocab_size, rules["vocab"]),
         "model.d_model": (config.d_model, rules["column"]),
-        **{f"d_ff of bank '{bank.name}'": (bank.d_ff, rules["mlp"]) for bank in architecture.banks},
+        **{f"d_ff of bank '{bank.name}'": (bank.d_ff, rules["column" if bank.rank else "mlp"]) for bank in architecture.banks},
     }
 
 
@@ -325,3 +335,4 @@ def check(architecture: Architecture) -> None:
         )
     if len(set(names)) != len(names):
         raise errors.ConfigError(f"expert names must be unique; got {', '.join(names)}")
+    low_rank.check(architecture.banks, config)

@@ -42,11 +42,12 @@ def best(
 
 
 def _shaped(architecture: transformer.Architecture, config: config_lib.Config) -> transformer.Architecture:
-    """The architecture with experts of the width that the config says."""
-    if not config.expert.d_ff or config.phase != "expert":
+    """The architecture with experts of the width and rank that the config says."""
+    if config.phase != "expert":
         return architecture
+    width, rank = config.expert.d_ff or config.model.d_ff, config.expert.rank
     banks = [
-        bank if bank.name == config_lib.PUBLIC else dataclasses.replace(bank, d_ff=config.expert.d_ff)
+        bank if bank.name == config_lib.PUBLIC else dataclasses.replace(bank, d_ff=width, rank=rank)
         for bank in architecture.banks
     ]
     return dataclasses.replace(architecture, banks=tuple(banks))
@@ -94,7 +95,12 @@ def _changes(
         changed = copied()
         changed.data.seq_len = config.data.seq_len // 2
         yield f"data.seq_len={changed.data.seq_len}: windows of half the length", changed, machine
-    if config.phase == "expert" and (width := (config.expert.d_ff or config.model.d_ff) // 2):
+    if config.phase == "expert" and config.expert.kind == "low_rank":
+        if rank := config.expert.rank // 2:
+            changed = copied()
+            changed.expert.rank = rank
+            yield f"expert.rank={rank}: an expert of half the rank", changed, machine
+    elif config.phase == "expert" and (width := (config.expert.d_ff or config.model.d_ff) // 2):
         changed = copied()
         changed.expert.d_ff = width
         yield f"expert.d_ff={width}: an expert of half the width", changed, machine

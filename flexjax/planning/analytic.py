@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flexjax import hardware, sharding, tree
-from flexjax.model import attention, losses
+from flexjax.model import attention, dispatch, losses
 from flexjax.planning import collectives, facts
 from flexjax.train import flops, program
 
@@ -48,14 +48,17 @@ class Step:
         self.head_fetched = self.head * (head in fetched or self.config.tied_head)
         self.head_trained = self.head * (head in trained)
         self.state = sum(_scalars(leaf) for leaf in trained.values())
-        experts = [bank.d_ff for bank in architecture.banks for _ in bank.experts]
         room = facts.room(job, accumulation)
         self.rows = 0.0 if room is None else float(room.rows)  # kept free for tokens that choose this device's experts
-        self.hidden = max(experts) * self.rows / self.tokens if room else float(sum(experts))  # of a token
+        sent = dispatch.apart(architecture.banks) if room else ()
+        self.hidden = float(sum(bank.d_ff * len(bank.experts) for bank in architecture.banks if bank not in sent))  # of a token
+        self.hidden += max((bank.d_ff for bank in sent), default=0) * self.rows / self.tokens
         self.cost = flops.per_token(architecture, job.state.trainable, self.length)
 
     def _in_use(self, path: str, leaf: jax.ShapeDtypeStruct) -> float:
         names = tree.flatten(self.job.axes)[path]
+        if "/ffn/" in path:  # low-rank factors are gathered as other weights are, the embedding's columns never
+            names = tuple("mlp" if name == "column" else name for name in names)
         shape = sharding.sharding(self.mesh, names, sharding.IN_USE).shard_shape(leaf.shape)
         return math.prod(shape) / (leaf.shape[0] if tree.is_stacked(path) else 1)
 

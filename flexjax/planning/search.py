@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from flexjax import config as config_lib
 from flexjax import errors, sharding
-from flexjax.model import transformer
+from flexjax.model import dispatch, transformer
 from flexjax.planning import analytic, planner, roofline, topology
 from flexjax.train import flops
 
@@ -69,7 +69,7 @@ def _meshes(
     architecture: transformer.Architecture, count: int, config: config_lib.Config
 ) -> Iterator[tuple[dict[str, int], str]]:
     sizes = [size for size in range(1, count + 1) if count % size == 0]
-    experts = max(len(bank.experts) for bank in architecture.banks) if architecture.sparse else 1
+    experts = max(len(bank.experts) for bank in dispatch.apart(architecture.banks)) if architecture.sparse else 1
     for tensor in (size for size in sizes if size <= MOST_TENSOR):
         for expert in (size for size in sizes if size == 1 or size < 2 * experts):
             for fsdp in sizes:

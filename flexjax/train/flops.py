@@ -4,19 +4,23 @@ A matrix product of [m, k] and [k, n] costs 2 m k n. Per token, with T the windo
 
     attention   2 D (N H) for q and o each, 2 D (K H) for k and v each; scores and values 2 T (N H) each
     expert      2 D F for gate, up and down each, times the experts that are computed (all on the dense path, k when sparse)
+    low rank    2 r (D + F) for gate, up and down each; gate, up and down of `public` are computed once for all of them.
+                Sparse or not, they and `public` are computed on every token
     router      2 D E
     head        2 D V
 
 Backward, a product y = x W costs its forward again for dW if W is trainable, and again for dx if x depends on anything
 trainable. So nothing is spent below the first trainable leaf, and a frozen weight costs no dW. The two products of attention
-cost twice their forward once q, k or v depend on anything trainable. Norms, softmax, SwiGLU and the optimizer are not
-counted; neither is what remat computes again: this is the useful work that MFU divides by.
+cost twice their forward once q, k or v depend on anything trainable. What low-rank experts and `public` share costs dx once;
+the shared down multiplies a sum that is gated already, so it costs dx also where gates alone are trained. Norms, softmax,
+SwiGLU and the optimizer are not counted; neither is what remat computes again: this is the useful work that MFU divides by.
 """
 
 import dataclasses
 
+from flexjax import config as config_lib
 from flexjax import tree
-from flexjax.model import transformer
+from flexjax.model import dispatch, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,8 @@ def per_token(architecture: transformer.Architecture, trainable: tree.Tree, seq_
         book.backward += 8.0 * seq_len * heads * inside
         out = book.product("layers/attention/o", heads * config.d_model, 1, inside)
         below = out or below or book.any("layers/norms/attention")
-        above = below
-        for bank in banks:
+        above = _together(book, architecture, below) or below
+        for bank in dispatch.apart(banks):
             home, size = f"experts/{bank.name}", config.d_model * bank.d_ff * len(bank.experts)
             gate = book.product(f"{home}/ffn/gate", size, share, below)
             up = book.product(f"{home}/ffn/up", size, share, below)
@@ -87,3 +91,25 @@ def per_token(architecture: transformer.Architecture, trainable: tree.Tree, seq_
     head = "embed/embedding" if config.tied_head else "head/kernel"
     book.product(head, config.d_model * config.vocab_size, 1, below)
     return Flops(book.forward, book.backward)
+
+
+def _together(book: _Ledger, architecture: transformer.Architecture, below: bool) -> bool:
+    """Books a layer's low-rank experts and `public` beside them; returns whether their sum depends on anything trainable."""
+    low = [bank for bank in architecture.banks if bank.rank]
+    if not low:
+        return False
+    d, f = architecture.config.d_model, architecture.config.d_ff
+    home = f"experts/{config_lib.PUBLIC}/ffn"
+    inside = [book.product(f"{home}/{part}", d * f, 1, below) for part in ("gate", "up")]
+    trained = below or book.any(
+        *(f"experts/{bank.name}/router/{leaf}" for bank in architecture.banks for leaf in ("row", "bias"))
+    )
+    above = False
+    for bank in low:
+        own, size = f"experts/{bank.name}/ffn", bank.rank * len(bank.experts)
+        hidden = any(inside)
+        for part in ("gate", "up"):
+            hidden |= book.product(f"{own}/{part}/b", size * f, 1, book.product(f"{own}/{part}/a", size * d, 1, below))
+        above |= book.product(f"{own}/down/b", size * d, 1, book.product(f"{own}/down/a", size * f, 1, hidden))
+        trained |= hidden
+    return book.product(f"{home}/down", d * f, 1, trained or any(inside)) or above

@@ -20,9 +20,9 @@ def parts(house, anchor, code_expert):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], ["create, remove, verify, show"]),
-        (["mix"], ["create, remove, verify, show"]),
-        (["create", "remove"], ["create, remove, verify, show"]),
+        ([], ["create, add, replace, remove, verify, show"]),
+        (["mix"], ["create, add, replace, remove, verify, show"]),
+        (["create", "remove"], ["create, add, replace, remove, verify, show"]),
         (["show"], ["--model=DIR"]),
         (["show", "--model="], ["--model=DIR"]),
         (["create", "--model=m"], ["--anchor=DIR", "--expert=DIR"]),

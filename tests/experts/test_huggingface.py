@@ -1,5 +1,7 @@
 """Import and export of Hugging Face folders as inverses, and every broken folder as one clear line."""
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -16,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
+from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store, surgery
-from flexjax.experts.huggingface import biasless, exporting, importing
+from flexjax.experts.huggingface import biasless, expansion, exporting, importing
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import safetensors_io as io
 from flexjax.model import transformer
@@ -85,6 +88,38 @@ def make_model(
     }
     models.write_model(home / "model", anchor, bundles, 2)
     return home / "model"
+
+
+def make_mixed(home: pathlib.Path, widest: int = CONFIG.d_ff, dtype: str = "float32", bias: float = 0.0) -> pathlib.Path:
+    """A model of public and experts of all sizes: of its width or wider, narrower, of rank 4 and of rank 1."""
+    dense = transformer.Architecture(CONFIG, transformer.dense_banks(CONFIG))
+    params = jax.tree.map(np.asarray, transformer.init(dense, 0))
+    params = {key: params[key] for key in ("embed", "layers", "head")}
+
+    def put(writer):
+        public = draw_expert(CONFIG.d_ff, 0, None)
+        weights = jax.tree.map(lambda leaf: leaf.astype(dtype), {**params, "expert": {"ffn": public["ffn"]}})
+        writer.put_tree(tree.combine(weights, {"expert": {"router": public["router"]}}))
+
+    anchor = store.write_anchor(home / "parts" / "anchor", CONFIG, None, put, rows="logistic", training={})
+    experts = {"full": draw_expert(widest, 1, bias), "narrow": draw_expert(16, 2, bias)}
+    experts |= {name: draw_low_rank(rank, 10 + rank, bias) for name, rank in {"low": 4, "tiny": 1}.items()}
+    bundles = {}
+    for name, expert in experts.items():
+        if name in ("full", "narrow"):
+            expert["ffn"] = {kind: leaf.astype(dtype) for kind, leaf in expert["ffn"].items()}
+        bundles[name] = store.write_bundle(home / "parts" / name, name, anchor, expert, {})
+    models.write_model(home / "model", anchor, bundles, 2)
+    return home / "model"
+
+
+def draw_low_rank(rank: int, seed: int, bias: float) -> tree.Tree:
+    rng = np.random.default_rng(seed)
+    ffn = {}
+    for kind, (rows, columns) in {"gate": (32, 24), "up": (32, 24), "down": (24, 32)}.items():
+        a, b = (rng.normal(size=(CONFIG.num_layers, *size)) for size in ((rows, rank), (rank, columns)))
+        ffn[kind] = {"a": (a * rows**-0.5).astype(np.float32), "b": (b * rank**-0.5).astype(np.float32)}
+    return {**draw_expert(CONFIG.d_ff, seed, bias), "ffn": ffn}
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -311,10 +346,127 @@ def test_a_directory_with_content_is_never_touched(tmp_path):
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
 
 
-def test_experts_of_another_width_are_refused_by_name(tmp_path):
-    with pytest.raises(errors.ConfigError, match=r"remove aa \(16\)"):
-        exporting.export_folder(make_model(tmp_path, d_ff=16), tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+PATHS = {"expert/ffn/gate": "gate_proj", "expert/ffn/up": "up_proj", "expert/ffn/down": "down_proj"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("widest", [24, 40])
+def test_experts_of_all_sizes_become_full_ones_of_one_width(widest, dtype, tmp_path):
+    source = make_mixed(tmp_path, widest, dtype)
+    report = exporting.export_folder(source, tmp_path / "hf")
+    assert (report["experts"], report["width"]) == (["public", "full", "low", "narrow", "tiny"], widest)
+    padded = dict.fromkeys(("low", "public", "tiny"), 24) if widest > 24 else {}
+    assert report["padded"] == {"narrow": 16, **padded}
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_experts"]) == (widest, 5)
+    state, model = read_all(tmp_path / "hf"), models.open_model(source)
+    assert report["bytes"] == sum(value.nbytes for value in state.values())
+    lost = {name: [0.0, 0.0] for name in ("low", "tiny")}
+    for e, name in enumerate(report["experts"]):
+        for path, (layer, theirs) in itertools.product(PATHS, enumerate(("0", "1"))):
+            found = state[f"model.layers.{theirs}.mlp.experts.{e}.{PATHS[path]}.weight"].T
+            expected = model.anchor.tensor(path)[layer]
+            if name in ("full", "narrow"):
+                expected = model.bundles[name].tensor(path)[layer]
+            elif name != "public":
+                a, b = (model.bundles[name].tensor(f"{path}/{part}")[layer].astype(np.float64) for part in "ab")
+                exact = expected.astype(np.float64) + a @ b
+                inside = found[: exact.shape[0], : exact.shape[1]].astype(np.float64)
+                lost[name][0] += np.square(inside - exact).sum()
+                lost[name][1] += np.square(a @ b).sum()
+                np.testing.assert_allclose(inside, exact, rtol=2**-8 if dtype == "bfloat16" else 1e-5, atol=1e-6)
+                expected = inside.astype(found.dtype)
+            assert found.dtype == dtype
+            units = expected.shape[0 if path == "expert/ffn/down" else 1]
+            rest = found[units:] if path == "expert/ffn/down" else found[:, units:]
+            assert rest.size == (widest - units) * CONFIG.d_model and not rest.astype(np.float32).any()
+            assert found[: expected.shape[0], : expected.shape[1]].tobytes() == expected.tobytes()
+    for name, rank in {"low": 4, "tiny": 1}.items():
+        told = report["expanded"][name]
+        assert (told["rank"], told["dtype"]) == (rank, dtype)
+        share = (lost[name][0] / lost[name][1]) ** 0.5
+        assert told["rounding"] == pytest.approx(share, rel=0.01, abs=1e-7) and share < (0.01 if dtype == "bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize("widest, dtype, top_k", [(24, "float32", 2), (40, "float32", 2), (24, "bfloat16", 5)])
+def test_a_mixed_model_computes_the_same_once_its_experts_are_full(widest, dtype, top_k, tmp_path):
+    source = make_mixed(tmp_path, widest, dtype)
+    exporting.export_folder(source, tmp_path / "hf")
+    report = importing.import_folder(tmp_path / "hf", tmp_path / "back", ["public", "full", "low", "narrow", "tiny"])
+    back = models.open_model(tmp_path / "back")
+    assert {bundle.manifest["rank"] for bundle in back.bundles.values()} == {0}
+    assert {bundle.manifest["d_ff"] for bundle in back.bundles.values()} == {store.config_of(back.anchor).d_ff} == {widest}
+    tokens = np.random.default_rng(5).integers(CONFIG.vocab_size, size=40)
+    choices = [report["experts"], ["public", "low", "tiny"], ["public", "narrow"], ["full", "low"]]
+    mixed, full = (
+        folders.logits(*models.load(models.open_model(home)), [tokens] * len(choices), top_k, choices)
+        for home in (source, tmp_path / "back")
+    )
+    tolerance = 1e-5 if dtype == "float32" else 2e-2  # that of the expanded matrices is 2**-9
+    for ours, theirs in zip(mixed, full, strict=True):
+        assert folders.relative_error(ours, theirs) < tolerance
+
+
+def test_a_product_that_overflows_is_refused(tmp_path):
+    model = models.open_model(make_mixed(tmp_path))
+    factors = {
+        "expert/ffn/up/a": np.full((2, 32, 4), 1e30, np.float32),
+        "expert/ffn/up/b": np.full((2, 4, 24), 1e30, np.float32),
+    }
+    huge = dataclasses.replace(model.bundles["low"], instead=factors)
+    with np.errstate(all="ignore"), pytest.raises(errors.IntegrityError, match=r"'low' .* expert/ffn/up holds NaN or infinity"):
+        expansion.matrix(model.anchor, huge, "expert/ffn/up", 1)
+
+
+def test_the_streamed_forward_of_a_mixed_model_is_the_forward(tmp_path):
+    source = make_mixed(tmp_path, 40, bias=-0.5)
+    model = models.open_model(source)
+    tokens = np.random.default_rng(3).integers(CONFIG.vocab_size, size=40)
+    routers = biasless.routers_of(model.anchor, model.bundles)
+    ours = biasless.stream(model.anchor, model.bundles, [routers], 2, tokens)
+    architecture, params = models.load(model)
+    np.testing.assert_allclose(ours[0], folders.logits(architecture, params, [tokens], 2)[0], atol=2e-4, rtol=0)
+
+
+def redescribed(model: models.Model, **stated) -> None:
+    """Writes another manifest of the same parts."""
+    manifest_lib.write(model.directory, models.describe(model.anchor, model.bundles, 2, **stated))
+
+
+def test_a_calibrated_bias_is_the_one_that_counts(tmp_path):
+    source = make_model(tmp_path, bias=-3.0)
+    entry = {"share": 0.1, "text": "0" * 64, "with": []}
+    biases = {"aa": {"bias": [-0.25, -0.5], **entry}, "zz": {"bias": [0.0, 0.0], **entry}}
+    redescribed(models.open_model(source), calibration=biases)
+    with pytest.raises(errors.ConfigError, match="experts aa have a router bias"):
+        exporting.export_folder(source, tmp_path / "refused")
+    report = exporting.export_folder(source, tmp_path / "fold", "fold")["bias"]
+    assert report["calibrated"] == ["aa", "zz"]
+    model = models.open_model(source)
+    rows = biasless.routers_of(model.anchor, model.bundles).rows
+    folded = [read_all(tmp_path / "fold")[f"model.layers.{layer}.mlp.gate.weight"] for layer in (0, 1)]
+    for layer, bias in enumerate((-0.25, -0.5)):
+        added = (folded[layer] - rows[layer]) / np.float32(bias)
+        assert not added[2].any()
+        claims = model.anchor.tensor("statistics/states")[layer] @ added[1]
+        assert abs(claims.mean() - 1) < 0.05
+    redescribed(model, calibration={name: {"bias": [0.0, 0.0], **entry} for name in ("aa", "zz")})
+    assert "bias" not in exporting.export_folder(source, tmp_path / "free")
+
+
+def test_shared_leaves_are_those_that_the_model_uses(tmp_path):
+    whole = models.open_model(make_model(tmp_path))
+    anchor = whole.anchor
+    norm = anchor.tensor("head/norm")
+    expert = whole.bundles["aa"].tensors("expert")
+    bundle = store.write_bundle(tmp_path / "own", "aa", anchor, expert, {}, shared={"head": {"norm": norm + np.float32(2)}})
+    model = models.write_model(tmp_path / "merged", anchor, {"aa": bundle}, 2)
+    report = exporting.export_folder(model.directory, tmp_path / "averaged")
+    np.testing.assert_array_equal(read_all(tmp_path / "averaged")["model.norm.weight"], norm + np.float32(2))
+    assert "aa/shared/head/norm" in report["left_out"]
+    redescribed(model, shared=None)
+    exporting.export_folder(model.directory, tmp_path / "plain")
+    np.testing.assert_array_equal(read_all(tmp_path / "plain")["model.norm.weight"], norm)
 
 
 @pytest.mark.parametrize("states", [True, False])
@@ -395,5 +547,8 @@ def test_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["bias"]["tokens"] > 200
+    mixed = convert("export", f"--from={make_mixed(tmp_path / 'mixed')}", f"--to={tmp_path / 'mixed_hf'}")
+    assert "expert 'low' of rank 4 is expanded to width 24; rounding to float32 changes what it adds by 0.00%" in mixed.stdout
+    assert mixed.returncode == 0 and "padded with zeros to width 24: narrow (16)" in mixed.stdout, mixed.stderr
     done = convert("import", f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'ours'}", "--names=public,aa,zz")
     assert done.returncode == 0 and "(public, aa, zz)" in done.stdout, done.stderr

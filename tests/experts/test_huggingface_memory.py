@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import links
@@ -88,7 +89,7 @@ def with_bias(source: epath.Path, target: epath.Path) -> None:
         new.directory.rename(target / "experts" / new.manifest["digest"])
         bundles[name] = new
     (source / "anchor").rename(target / "anchor")
-    models.write_model_manifest(target, model.anchor, bundles, model.manifest["top_k"])
+    manifest_lib.write(target, models.describe(model.anchor, bundles, model.manifest["top_k"]))
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
 
-MODEL = {"kind": "model", "anchor": "0" * 64, "experts": {"math": "1" * 64}, "top_k": 2}
+MODEL = {
+    "kind": "model", "anchor": "0" * 64, "experts": {"math": "1" * 64}, "top_k": 2, "calibration": {}, "shared": None
+}  # fmt: skip
 
 
 def put(directory, data):
@@ -40,7 +42,7 @@ HOSTILE = {
     "missing field": ({k: v for k, v in resealed().items() if k != "top_k"}, "field 'top_k' is missing"),
     "wrong kind": (resealed(kind="expert"), "describes kind 'expert', expected 'model'"),
     "kind of another type": (resealed(kind=["model"]), "describes kind"),
-    "later format": (resealed(format=2), "has format 2, this version reads 1"),
+    "later format": (resealed(format=3), "has format 3, this version reads 2"),
     "changed content": ({**resealed(), "top_k": 1}, "content has digest"),
     "changed digest": ({**resealed(), "digest": "f" * 64}, "content has digest"),
     "experts of another type": (resealed(experts=["math"]), "'experts' is of type list"),
@@ -82,7 +84,7 @@ def test_a_file_that_is_no_regular_file_is_refused(tmp_path):
     }.items():
         (tmp_path / name).mkdir()
         make(tmp_path / name / manifest_lib.FILE)
-        with pytest.raises(errors.IntegrityError, match=r"regular file|bytes"):
+        with pytest.raises(errors.IntegrityError, match=r"regular file|bytes|symbolic link"):
             manifest_lib.read(tmp_path / name, "model")
 
 

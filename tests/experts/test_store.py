@@ -13,9 +13,11 @@ import tensorstore
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
+from flexjax.experts import copying, models, slices, store, surgery
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, slices, store, surgery
+from flexjax.governance import merging
 from flexjax.model import transformer
+from tests.experts import forging
 from tests.model import noise
 
 CONFIG = config_lib.ModelConfig(vocab_size=11, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=6)
@@ -71,10 +73,7 @@ def verify(directory):
         return store.open_anchor(directory).verify()
     if kind == "expert":
         return store.open_bundle(directory, CONFIG).verify()
-    model = models.open_model(directory)
-    for artefact in (model.anchor, *model.bundles.values()):
-        artefact.verify()
-    return models.check_listing(model)
+    return models.verify(models.open_model(directory))
 
 
 def test_everything_comes_back_bit_for_bit(home):
@@ -126,7 +125,7 @@ def test_digest_of_a_model_knows_no_order_and_no_history(home, tmp_path):
     }
     assert digests == {models.open_model(home / "model").tree_digest}
     without = models.write_model(tmp_path / "without", anchor, {n: bundles[n] for n in ("alpha", "gamma")}, 2).tree_digest
-    model = models.remove_expert(models.open_model(tmp_path / "alphabetagamma"), "beta")
+    model = merging.remove(tmp_path / "alphabetagamma", "beta")
     assert model.tree_digest == without and without not in digests
     assert sorted(os.listdir(tmp_path / "alphabetagamma" / "experts")) == sorted(
         bundles[name].manifest["digest"] for name in ("alpha", "gamma")
@@ -266,15 +265,6 @@ def test_a_damaged_expert_is_named_and_not_loaded(copy):
     assert not (copy / "again" / manifest_lib.FILE).exists()
 
 
-def forge(directory, change):
-    """Rewrites a manifest with a valid seal."""
-    path = directory / manifest_lib.FILE
-    manifest = manifest_lib.read(directory, manifest_lib.kind(directory))
-    change(manifest)
-    manifest["digest"] = manifest_lib.digest_of(manifest)
-    path.write_bytes(tree.canonical_json(manifest) + b"\n")
-
-
 def entry(manifest, path):
     return manifest["tensors"][path]
 
@@ -304,7 +294,7 @@ STRUCTURAL = {
 @pytest.mark.parametrize("case", STRUCTURAL)
 def test_hostile_bundles_are_refused_before_a_tensor_is_opened(copy, case, monkeypatch):
     change, message = STRUCTURAL[case]
-    forge(copy / "alpha", change)
+    forging.forge(copy / "alpha", change)
     monkeypatch.setattr(store.Artefact, "slice_at", lambda *_: pytest.fail("a tensor was opened"))
     with pytest.raises(errors.IntegrityError, match=message):
         store.open_bundle(copy / "alpha", CONFIG)
@@ -312,7 +302,7 @@ def test_hostile_bundles_are_refused_before_a_tensor_is_opened(copy, case, monke
 
 @pytest.mark.parametrize("name", ["../evil", "Alpha", "public", "\u0430lpha"])
 def test_hostile_names_are_refused(copy, name):
-    forge(copy / "alpha", lambda m: m.update(name=name))
+    forging.forge(copy / "alpha", lambda m: m.update(name=name))
     with pytest.raises(errors.ConfigError, match="expert name"):
         store.open_bundle(copy / "alpha", CONFIG)
 
@@ -332,7 +322,7 @@ ANCHORS = {
 @pytest.mark.parametrize("case", ANCHORS)
 def test_hostile_anchors_are_refused_before_a_tensor_is_opened(copy, case, monkeypatch):
     change, message = ANCHORS[case]
-    forge(copy / "anchor", change)
+    forging.forge(copy / "anchor", change)
     monkeypatch.setattr(store.Artefact, "slice_at", lambda *_: pytest.fail("a tensor was opened"))
     with pytest.raises(errors.IntegrityError, match=message):
         store.open_anchor(copy / "anchor")
@@ -349,14 +339,14 @@ def test_models_whose_parts_do_not_belong_together_are_refused(copy):
     }
     for number, (message, change) in enumerate(cases.items()):
         model = shutil.copytree(copy / "model", copy / f"model{number}")
-        forge(model, change)
+        forging.forge(model, change)
         with pytest.raises(errors.IntegrityError, match=message):
             models.open_model(model)
     stranger = {**store.open_anchor(copy / "anchor").manifest, "digest": "e" * 64}
     strange_anchor = dataclasses.replace(store.open_anchor(copy / "anchor"), manifest=stranger)
     foreign = store.write_bundle(copy / "foreign", "beta", strange_anchor, EXPERTS["beta"], {})
     shutil.copytree(foreign.directory, copy / "model" / "experts" / foreign.manifest["digest"])
-    forge(copy / "model", lambda m: m["experts"].update(beta=foreign.manifest["digest"]))
+    forging.forge(copy / "model", lambda m: m["experts"].update(beta=foreign.manifest["digest"]))
     with pytest.raises(errors.IntegrityError, match="was trained on anchor eeeeeeeeeeee"):
         models.open_model(copy / "model")
 
@@ -372,7 +362,9 @@ def test_bad_numbers_are_refused_when_written_and_when_read(home, tmp_path, path
     with pytest.raises(errors.IntegrityError, match=message):
         store.write_bundle(tmp_path / "checked", "alpha", anchor, bad, {})
     assert not (tmp_path / "checked").exists()
-    sneaky = store.stream_bundle(tmp_path / "bad", "alpha", anchor, 6, lambda writer: writer.put_tree({"expert": bad}), {})
+    sneaky = store.write_bundle(tmp_path / "bad", "alpha", anchor, EXPERTS["alpha"], {})
+    forging.implant(sneaky.directory, f"expert/{path}", lambda values: tree.flatten(bad)[path])
+    sneaky = store.open_bundle(sneaky.directory, CONFIG)
     with pytest.raises(errors.IntegrityError, match=message):
         sneaky.verify()
     with pytest.raises(errors.IntegrityError, match=message):
@@ -405,7 +397,7 @@ def test_tokenizers_get_their_fixed_name_and_are_checked(copy):
         write_anchor(copy / "text", "words.txt")
     anchor = store.open_anchor(copy / "anchor")
     (copy / "anchor" / "tokenizer.model").write_bytes(b"other")
-    for read in (store.tokenizer_path, lambda a: store.copy(a, copy / "target"), store.Artefact.verify):
+    for read in (store.tokenizer_path, lambda a: copying.copy(a, copy / "target"), store.Artefact.verify):
         with pytest.raises(errors.IntegrityError, match=r"tokenizer\.model is not the tokenizer"):
             read(anchor)
 

@@ -18,11 +18,13 @@ TINY = config_lib.ModelConfig(
     vocab_size=23, d_model=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, d_ff=6, init_std=0.4
 )
 OWNERS = {"alpha": 6, "beta": 3, "code": 6, "math": 3, "zoo": 6}
+LOW = {"east": 2, "west": 2, "north": 1}  # ranks
 TOKENS = np.random.default_rng(0).integers(23, size=(2, 7))
 
 
 def _everything():
     banks = (*transformer.dense_banks(TINY), *(config_lib.Bank(name, (name,), f) for name, f in OWNERS.items()))
+    banks += tuple(config_lib.Bank(name, (name,), 6, rank=rank) for name, rank in LOW.items())
     return surgery.split(noise.params(transformer.Architecture(TINY, banks, 2)), banks)
 
 
@@ -82,6 +84,74 @@ def test_removing_gives_the_same_logits_for_every_subset(subset):
     test_removing_gives_the_same_logits(subset)
 
 
+ALL_SIZES = sorted({**OWNERS, **LOW})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.sampled_from(ALL_SIZES), min_size=1), st.data())
+def test_removing_equals_never_having_merged_whatever_the_sizes(subset, data):
+    name, order = data.draw(st.sampled_from(sorted(subset))), data.draw(st.permutations(["public", *sorted(subset)]))
+    left, left_banks = surgery.remove(*merge(subset, order), name)
+    never, never_banks = merge(subset - {name})
+    assert left_banks == never_banks and equal(left, never)
+    params, banks = merge(subset)
+    shared, experts = surgery.split(params, banks)
+    assert equal(shared, SHARED) and all(equal(experts[other], EXPERTS[other]) for other in subset)
+
+
+def test_removing_one_of_mixed_sizes_gives_the_same_logits():
+    for name, rest in (("east", ["alpha", "west"]), ("alpha", ["east", "west"])):
+        left = surgery.remove(*merge([name, *rest]), name)
+        np.testing.assert_array_equal(logits(*left), logits(*merge(rest)))
+
+
+def test_banks_are_by_width_and_rank():
+    params, banks = merge(["alpha", "beta", "east", "north", "west"])
+    assert [(bank.name, bank.experts, bank.d_ff, bank.rank) for bank in banks] == [
+        ("public", ("public",), 6, 0),
+        ("w6", ("alpha",), 6, 0),
+        ("w3", ("beta",), 3, 0),
+        ("r2", ("east", "west"), 6, 2),
+        ("r1", ("north",), 6, 1),
+    ]
+    shapes = tree.flatten(transformer.abstract(surgery.architecture(TINY, banks, 2)))
+    assert {p: leaf.shape for p, leaf in tree.flatten(params).items()} == {p: s.shape for p, s in shapes.items()}
+    assert [(surgery.width(EXPERTS[name]), surgery.rank(EXPERTS[name])) for name in ("beta", "east")] == [(3, 0), (6, 2)]
+    widths, ranks = (
+        {name: size(EXPERTS[name]) for name in ("public", "beta", "east")} for size in (surgery.width, surgery.rank)
+    )
+    assert surgery.group(widths, ranks) == {"public": ("public",), "w3": ("beta",), "r2": ("east",)}
+
+
+def test_a_low_rank_expert_and_its_expansion_say_the_same():
+    names = ("alpha", "beta", "east", "north")
+    whole = {name: surgery.expand(EXPERTS[name], EXPERTS["public"]) for name in ("public", *names)}
+    assert whole["alpha"] is EXPERTS["alpha"] and surgery.rank(whole["east"]) == 0
+    assert whole["east"]["router"] is EXPERTS["east"]["router"]
+    np.testing.assert_allclose(logits(*surgery.join(SHARED, whole)), logits(*merge(names)), rtol=1e-4, atol=1e-4)
+    one = {"ffn": jax.tree.map(lambda leaf: leaf[1], EXPERTS["east"]["ffn"])}
+    layer = surgery.expand(one, {"ffn": {name: leaf[1] for name, leaf in EXPERTS["public"]["ffn"].items()}})
+    np.testing.assert_array_equal(layer["ffn"]["down"], whole["east"]["ffn"]["down"][1])
+    assert layer["ffn"]["down"].dtype == np.float32
+
+
+def test_the_first_low_rank_expert_is_the_public_one():
+    public = EXPERTS["public"]
+    first = surgery.low_rank(public, 3, seed=1)
+    assert equal(first, surgery.low_rank(jax.eval_shape(lambda: public), 3, seed=1))
+    assert equal(surgery.expand(first, public), {"ffn": public["ffn"]}) and surgery.rank(first) == 3
+    assert not equal(first, surgery.low_rank(public, 3, seed=2))
+    assert (first["ffn"]["gate"]["a"] != first["ffn"]["up"]["a"]).all()
+    wide = {"ffn": {name: np.broadcast_to(np.float32(0), (2, 40, 90)) for name in ("gate", "up")}}
+    wide["ffn"]["down"] = np.broadcast_to(np.float32(0), (2, 90, 40))
+    for name, fan_in in (("gate", 40), ("down", 90)):
+        a = surgery.low_rank(wide, 16, seed=0)["ffn"][name]["a"]
+        assert a.dtype == np.float32 and a.std() == pytest.approx(fan_in**-0.5, rel=0.05)
+    for rank in (0, 7):
+        with pytest.raises(errors.ConfigError, match=f"expert.rank={rank} must lie between 1 and 6"):
+            surgery.low_rank(public, rank, seed=0)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.permutations(["public", *OWNERS]))
 def test_order_of_merging_does_not_matter(order):
@@ -122,12 +192,17 @@ def test_what_cannot_be_joined_or_removed_is_refused():
     with pytest.raises(errors.ConfigError, match="needs the expert 'public'"):
         surgery.join(SHARED, {"alpha": EXPERTS["alpha"]})
     groups = {"public": ("public",), "mixed": ("alpha", "beta")}
-    with pytest.raises(errors.ConfigError, match="'mixed' mixes experts of widths"):
+    with pytest.raises(errors.ConfigError, match="'mixed' mixes experts of width 3, width 6; give each"):
         surgery.join(SHARED, {name: EXPERTS[name] for name in ("public", "alpha", "beta")}, groups)
+    groups = {"public": ("public",), "mixed": ("alpha", "east", "north")}
+    with pytest.raises(errors.ConfigError, match="'mixed' mixes experts of width 6, rank 1, rank 2; give each"):
+        surgery.join(SHARED, {name: EXPERTS[name] for name in ("public", "alpha", "east", "north")}, groups)
     with pytest.raises(errors.ConfigError, match="beta"):
         surgery.join(
             SHARED, {name: EXPERTS[name] for name in ("public", "alpha", "beta")}, {"public": ("public",), "w6": ("alpha",)}
         )
+    with pytest.raises(errors.ConfigError, match="rank 2 has no units of its own"):
+        surgery.narrow(EXPERTS["east"], 3)
     params, banks = merge(("alpha",))
     with pytest.raises(errors.PolicyError, match="no expert 'beta'"):
         surgery.remove(params, banks, "beta")

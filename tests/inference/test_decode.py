@@ -21,11 +21,13 @@ TINY = config_lib.ModelConfig(
 )
 PUBLIC = transformer.dense_banks(TINY)
 NAMES = ("public", "alpha", "beta", "gamma")
+SIZES = (*PUBLIC, config_lib.Bank("r3", ("alpha", "gamma"), 12, rank=3), config_lib.Bank("w6", ("beta",), 6))
 BANKS = (config_lib.Bank("w6", ("beta",), 6), *PUBLIC, config_lib.Bank("w12", ("alpha", "gamma"), 12))
 MODELS = {
     "dense": transformer.Architecture(TINY, PUBLIC),
     "pair": transformer.Architecture(TINY, (*PUBLIC, config_lib.Bank("w12", ("alpha",), 12)), top_k=2),
     "merged": transformer.Architecture(TINY, BANKS, top_k=2),
+    "low rank": transformer.Architecture(TINY, SIZES, top_k=2),
 }
 PROMPTS = [[5, 9, 2, 30, 4], [7], [], [3] * 20, [11, 12, 13, 14]]
 
@@ -82,6 +84,7 @@ REQUESTS = {
     "dense": [None] * 5,
     "pair": [None, ("public",), ("alpha",), None, ("public", "alpha")],
     "merged": [None, ("public", "beta"), ("alpha", "beta", "gamma"), ("public",), ("public", "gamma")],
+    "low rank": [None, ("gamma",), ("alpha", "beta"), ("public",), ("beta",)],
 }
 
 
@@ -126,22 +129,23 @@ def test_stream_yields_what_generate_returns():
         assert list(decoder("merged").stream(request, 12)) == decoder("merged").generate([request], 12)[0].tolist()
 
 
-def test_a_masked_expert_full_of_nan_never_leaks():
-    flat = tree.flatten(params_of("merged"))
-    slot = 1  # gamma's, in the bank w12
-    nan = {p: leaf.copy() for p, leaf in flat.items() if p.startswith("experts/w12/")}
+@pytest.mark.parametrize(("name", "bank"), [("merged", "w12"), ("low rank", "r3")])
+def test_a_masked_expert_full_of_nan_never_leaks(name, bank):
+    flat = tree.flatten(params_of(name))
+    slot = 1  # gamma's
+    nan = {p: leaf.copy() for p, leaf in flat.items() if p.startswith(f"experts/{bank}/")}
     for leaf in nan.values():
         leaf[:, slot] = np.nan
-    broken = with_params("merged", tree.unflatten({**flat, **nan}))
+    broken = with_params(name, tree.unflatten({**flat, **nan}))
     three = ("public", "alpha", "beta")
     requests = [
         decode.Request(p, three, temperature=t, seed=3) for p, t in zip(PROMPTS, [0.0, 1.0, 0.0, 1.0, 0.0], strict=True)
     ]
-    clean = [answer.tolist() for answer in decoder("merged").generate(requests, 12)]
+    clean = [answer.tolist() for answer in decoder(name).generate(requests, 12)]
     assert [answer.tolist() for answer in broken.generate(requests, 12)] == clean
     mixed = [*requests[:4], decode.Request([3])]  # the last one allows it, and gets what it asked for
     assert [answer.tolist() for answer in broken.generate(mixed, 12)[:4]] == clean[:4]
-    logits, _ = compiled_step("merged")(broken.weights, broken.start(mixed, 12))
+    logits, _ = compiled_step(name)(broken.weights, broken.start(mixed, 12))
     assert np.isfinite(logits[:4]).all() and np.isnan(logits[4]).all()
 
 
@@ -182,8 +186,9 @@ def test_bfloat16_decodes_and_padding_of_the_vocabulary_is_never_drawn():
         assert all((answer < 4).all() for answer in answers)
 
 
-def test_serving_layout_holds_the_same_numbers_one_leaf_per_layer_and_expert():
-    params, layout = params_of("merged"), decoder("merged").weights
+@pytest.mark.parametrize("name", ["merged", "low rank"])
+def test_serving_layout_holds_the_same_numbers_one_leaf_per_layer_and_expert(name):
+    params, layout = params_of(name), decoder(name).weights
     for index, layer in enumerate(layout["experts"]):
         for path, leaves in tree.flatten(layer).items():
             expected = tree.flatten(params["experts"])[path][index]

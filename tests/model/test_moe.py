@@ -189,12 +189,14 @@ def test_apply_chooses_dense_when_all_are_active_and_dropless_else(monkeypatch):
     monkeypatch.setattr(dispatch, "sharded", lambda *_: chosen.append("sharded"))
     meshes = {"none": None, "one": sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])}
     meshes["eight"] = sharding.make_mesh(config_lib.MeshConfig())
+    banks = banks_of(BY_WIDTH, NAMES[:4])
     for mesh in meshes.values():
         for top_k in (1, 3, 4, 9):
             routing = router.route(jnp.ones((1, 2, D)), jnp.ones((4, D)), jnp.zeros(4), top_k, None)
-            moe.apply(jnp.ones((1, 2, D)), [], (), routing, None, mesh)
+            moe.apply(jnp.ones((1, 2, D)), [], banks, routing, None, mesh)
     assert chosen == [*["dropless", "dropless", "dense", "dense"] * 2, "sharded", "sharded", "dense", "dense"]
-    assert [moe.is_sparse(2, 1), moe.is_sparse(3, 2), moe.is_sparse(3, 3)] == [False, True, False]
+    sizes = ((2, 1), (3, 2), (3, 3))
+    assert [moe.is_sparse(banks_of(ONE_BANK, NAMES[:count]), k) for count, k in sizes] == [False, True, False]
 
 
 def test_the_dense_path_splits_hidden_units_and_changes_nothing_else():

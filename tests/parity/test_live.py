@@ -49,6 +49,7 @@ def loaded(built, tmp_path_factory):
         sources[name] = home / f"{name}_ours", None
     sources["trained"] = made.make_model(home / "trained"), None
     sources["anchor"] = home / "trained" / "model" / "anchor", None
+    sources["mixed"] = made.make_mixed(home / "mixed", widest=40), None
     sources["folded"] = made.make_model(home / "biased", bias=-3.0), "fold"
     for name, (source, bias) in sources.items():
         exporting.export_folder(source, home / name / "hf", bias)
@@ -86,7 +87,7 @@ def test_imported_folders_compute_what_transformers_computes(name, built, loaded
         assert error < folders.TOLERANCE, f"{name} {what}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("name", [*BUILT, "trained", "anchor", "folded"])
+@pytest.mark.parametrize("name", [*BUILT, "trained", "anchor", "mixed", "folded"])
 def test_exported_folders_load_whole_and_compute_what_we_compute(name, loaded):
     ours, facts, info = loaded[name]
     assert {key: info["loading"][key] for key in LOADING} == {key: [] for key in LOADING}

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 
+from flexjax import config as config_lib
 from flexjax import tree
 from flexjax.model import kernels, router, transformer
 from flexjax.planning import hlo
@@ -19,6 +20,10 @@ DENSE = transformer.Architecture(MODEL, (PUBLIC,))
 TIED = transformer.Architecture(dataclasses.replace(MODEL, tied_head=True), (PUBLIC,))
 PAIR = transformer.Architecture(MODEL, (PUBLIC, tiny.MATH), top_k=2)
 ALL = transformer.Architecture(MODEL, (PUBLIC, JOINT), top_k=3)
+LOW = config_lib.Bank("math", ("math",), 96, rank=12)
+LOW_PAIR = transformer.Architecture(MODEL, (PUBLIC, LOW), top_k=2)
+LOW_BANKS = (PUBLIC, config_lib.Bank("r8", ("a", "b"), 96, rank=8), LOW, config_lib.Bank("w48", ("c", "d"), 48))
+MIXED = transformer.Architecture(MODEL, LOW_BANKS, top_k=6)
 CASES = {
     "public, everything trained": (DENSE, ".*"),
     "tied head": (TIED, ".*"),
@@ -30,6 +35,13 @@ CASES = {
     "expert pair": (PAIR, "experts/math/.*"),
     "joint, all experts active": (ALL, ".*"),
     "router tuning": (ALL, "experts/(?!public/).*/router/.*"),
+    "low-rank pair": (LOW_PAIR, "experts/math/.*"),
+    "low-rank pair, factors b only": (LOW_PAIR, "experts/math/.*/b"),
+    "low-rank pair, down only": (LOW_PAIR, "experts/math/ffn/down/.*"),
+    "low-rank pair, everything trained": (LOW_PAIR, ".*"),
+    "mixed sizes, one bank trained": (MIXED, "experts/r8/.*"),
+    "mixed sizes, router tuning": (MIXED, "experts/(?!public/).*/router/.*"),
+    "mixed sizes, narrow experts trained": (MIXED, "experts/w48/.*"),
 }
 
 

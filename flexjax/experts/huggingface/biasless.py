@@ -17,6 +17,7 @@ from etils import epath
 from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.experts import store
+from flexjax.experts.huggingface import expansion
 from flexjax.model import attention, router, transformer
 
 RIDGE = 1e-4  # relative to the mean squared norm of the states
@@ -125,7 +126,7 @@ def stream(
         gates = np.concatenate([_gates(h[i : i + 1], variant, layer, top_k) for i, variant in enumerate(variants)])
         x, y = np.asarray(h), np.zeros(h.shape, np.float32)
         for e, name in enumerate(names):
-            y += gates[..., e, None] * _expert(bundles.get(name, anchor), layer, x)
+            y += gates[..., e, None] * _expert(anchor, bundles.get(name, anchor), layer, x)
         h = h + attention.rms_norm(jnp.asarray(y), jnp.asarray(leaves["norms"]["ffn"]), config.norm_eps)
     norm = jnp.asarray(anchor.tensor("head/norm").astype(np.float32))
     return _logits(anchor, np.asarray(attention.rms_norm(h, norm, config.norm_eps)), config)
@@ -174,10 +175,14 @@ def _gates(h: Any, routers: Routers | None, layer: int, top_k: int) -> np.ndarra
     return np.asarray(router.dense_gates(router.route(h, rows, biases, top_k, None)))
 
 
-def _expert(source: store.Artefact, layer: int, x: np.ndarray) -> np.ndarray:
-    gate = x @ _slice(source, "expert/ffn/gate", layer)
-    hidden = gate / (1 + np.exp(-np.maximum(gate, -80))) * (x @ _slice(source, "expert/ffn/up", layer))
-    return hidden @ _slice(source, "expert/ffn/down", layer)
+def _expert(anchor: store.Artefact, source: store.Artefact, layer: int, x: np.ndarray) -> np.ndarray:
+    gate = x @ _matrix(anchor, source, "expert/ffn/gate", layer)
+    hidden = gate / (1 + np.exp(-np.maximum(gate, -80))) * (x @ _matrix(anchor, source, "expert/ffn/up", layer))
+    return hidden @ _matrix(anchor, source, "expert/ffn/down", layer)
+
+
+def _matrix(anchor: store.Artefact, source: store.Artefact, path: str, layer: int) -> np.ndarray:
+    return expansion.matrix(anchor, source, path, layer).astype(np.float32)
 
 
 def _logits(anchor: store.Artefact, hidden: np.ndarray, config: config_lib.ModelConfig) -> np.ndarray:

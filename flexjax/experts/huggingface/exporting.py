@@ -1,12 +1,13 @@
 """Anchors and merged models to Hugging Face folders, OLMo-2 (dense) and FlexOlmo, tensor by tensor.
 
 The table of `links` is walked, so every tensor of both sides is accounted for once, or the export stops and
-names it. Bytes are copied or transposed, never cast, except for router rows into which biases are folded.
+names it. Bytes are copied or transposed, never cast, except for router rows into which biases are folded and for low-rank
+experts, which are expanded (`expansion`). Biases and shared leaves are exported as the model uses them: calibrated, averaged.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import models, store
-from flexjax.experts.huggingface import biasless, links
+from flexjax.experts.huggingface import biasless, expansion, links
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import safetensors_io as io
 from flexjax.model import router
@@ -26,30 +27,31 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 @dataclasses.dataclass
 class _Source:
-    """What is exported: an anchor and, in a mixture, the other experts."""
+    """What is exported: an anchor and, in a mixture, the other experts; `calibrated` are those whose bias the model set."""
 
     anchor: store.Artefact
     bundles: dict[str, store.Artefact]
     top_k: int
     mixture: bool
+    calibrated: list[str]
 
     @property
     def names(self) -> tuple[str, ...]:
         return router.canonical_order([config_lib.PUBLIC, *self.bundles])
 
+    @property
+    def config(self) -> config_lib.ModelConfig:
+        """Shapes of the export: all experts have the width of the widest."""
+        config = store.config_of(self.anchor)
+        return dataclasses.replace(config, d_ff=expansion.width(config.d_ff, self.bundles.values()))
+
 
 def _open(directory: epath.PathLike) -> _Source:
     home = epath.Path(directory)
     if not (home / "anchor").exists():
-        return _Source(store.open_anchor(home), {}, 1, mixture=False)
-    model = models.open_model(home)
-    width = store.config_of(model.anchor).d_ff
-    other = [f"{name} ({b.manifest['d_ff']})" for name, b in model.bundles.items() if b.manifest["d_ff"] != width]
-    if other:
-        raise errors.ConfigError(
-            f"{home}: Hugging Face has one width for all experts, the public one is {width} wide; remove {', '.join(other)}"
-        )
-    return _Source(model.anchor, model.bundles, model.manifest["top_k"], mixture=True)
+        return _Source(store.open_anchor(home), {}, 1, mixture=False, calibrated=[])
+    model = models.effective(models.open_model(home))
+    return _Source(model.anchor, model.bundles, model.manifest["top_k"], True, sorted(model.manifest["calibration"]))
 
 
 def export_folder(
@@ -64,7 +66,7 @@ def export_folder(
       sample_file: text on which the report says what that changes; None: a built-in paragraph.
 
     Raises:
-      ConfigError: biases without `bias`, or experts of other widths. IntegrityError: bytes are not those of a manifest.
+      ConfigError: biases without `bias`. IntegrityError: bytes are not those of a manifest.
       StorageError: a file cannot be read or written.
     """
     if bias not in (None, "fold", "drop"):
@@ -72,15 +74,18 @@ def export_folder(
     if sample_file is not None and bias is None:
         raise errors.ConfigError("--sample is the text on which --bias=fold or --bias=drop is compared; give that flag too")
     opened = _open(source)
-    anchor, config = opened.anchor, store.config_of(opened.anchor)
+    anchor = opened.anchor
     routers, report = _routers(opened, bias, sample_file) if opened.mixture else (None, {})
-    planned, left_out = _plan(opened, routers)
+    roundings = {name: expansion.Rounding() for name, bundle in opened.bundles.items() if expansion.rank(bundle)}
+    planned, left_out = _plan(opened, routers, roundings)
     with io.fresh_folder(target) as home:
         files = io.write_folder(home, planned)
         training = anchor.manifest["training"]
         window = training.get("seq_len", huggingface_config.DEFAULT_POSITIONS)
         record = {**_token_ids(anchor), "max_position_embeddings": window, **training.get("huggingface", {})}
-        described = huggingface_config.Description(config, len(opened.names) if opened.mixture else 0, opened.top_k, record)
+        described = huggingface_config.Description(
+            opened.config, len(opened.names) if opened.mixture else 0, opened.top_k, record
+        )
         contents = huggingface_config.contents(described, anchor.manifest["tensors"]["embed/embedding"]["dtype"])
         if anchor.manifest["tokenizer"]:
             contents = {**_copy_tokenizer(anchor, home, record), **contents}
@@ -94,7 +99,26 @@ def export_folder(
         "bytes": sum(tensor.nbytes for tensor in planned),
         "files": files,
         "left_out": left_out,
+        **_sizes(opened, roundings),
         **report,
+    }
+
+
+def _sizes(opened: _Source, roundings: Mapping[str, expansion.Rounding]) -> dict[str, Any]:
+    """The one width, whose experts were expanded or padded to it, and what rounding took from what they add."""
+    width, public = opened.config.d_ff, store.config_of(opened.anchor).d_ff
+    widths = {config_lib.PUBLIC: public} | {name: bundle.manifest["d_ff"] for name, bundle in opened.bundles.items()}
+    return {
+        "width": width,
+        "expanded": {
+            name: {
+                "rank": expansion.rank(opened.bundles[name]),
+                "dtype": expansion.dtype(opened.anchor, opened.bundles[name], links.GATE),
+                "rounding": rounding.share,
+            }
+            for name, rounding in sorted(roundings.items())
+        },
+        "padded": {name: widths[name] for name in opened.names if widths[name] < width},
     }
 
 
@@ -119,11 +143,18 @@ def _routers(opened: _Source, bias: str | None, sample_file: epath.PathLike | No
     stored = after.rows.astype(dtype)
     after = dataclasses.replace(after, rows=stored.astype(np.float32))
     return stored, {
-        "bias": {"method": bias, **fitted, **biasless.compare(anchor, bundles, before, after, opened.top_k, sample)}
+        "bias": {
+            "method": bias,
+            "calibrated": opened.calibrated,
+            **fitted,
+            **biasless.compare(anchor, bundles, before, after, opened.top_k, sample),
+        }
     }
 
 
-def _plan(opened: _Source, routers: np.ndarray | None) -> tuple[list[io.Planned], list[str]]:
+def _plan(
+    opened: _Source, routers: np.ndarray | None, roundings: Mapping[str, expansion.Rounding]
+) -> tuple[list[io.Planned], list[str]]:
     """What is to be written, and which of our tensors have no counterpart and are meant to have none.
 
     Raises:
@@ -132,25 +163,38 @@ def _plan(opened: _Source, routers: np.ndarray | None) -> tuple[list[io.Planned]
     anchor, planned = opened.anchor, []
     sources = [opened.bundles.get(name, anchor) for name in opened.names]
     used = {(source.label, links.ROW) for source in sources if routers is not None}
-    for link in links.table(store.config_of(anchor), len(sources) if opened.mixture else 0):
+    for link in links.table(opened.config, len(sources) if opened.mixture else 0):
         source = sources[link.expert or 0]
-        dtype = source.manifest["tensors"][link.path]["dtype"]
-        pieces: Callable[[], Iterable[np.ndarray]] = functools.partial(_read, source, link)
-        used.add((source.label, link.path))
-        if routers is not None and link.layer is not None and link.path == links.ROW:
+        pieces: Callable[[], Iterable[np.ndarray]]
+        if link.path in links.FFN:
+            dtype = expansion.dtype(anchor, source, link.path)
+            pieces = functools.partial(_read_ffn, anchor, source, link, roundings.get(opened.names[link.expert or 0]))
+            used |= {(source.label, path) for path in expansion.tensors(source, link.path)}
+        elif routers is not None and link.layer is not None and link.path == links.ROW:
             dtype, pieces = routers.dtype.name, functools.partial(iter, [routers[link.layer]])
+        else:
+            dtype, pieces = source.manifest["tensors"][link.path]["dtype"], functools.partial(_read, source, link)
+            used.add((source.label, link.path))
         planned.append(io.Planned(link.name, dtype, link.shape, pieces))
     left_out = []
     for source in sources:
         for path in source.manifest["tensors"]:
             if (source.label, path) in used:
                 continue
-            if path not in (links.ROW, links.BIAS) and not path.startswith("statistics/"):
+            if path not in (links.ROW, links.BIAS) and not path.startswith(("statistics/", "shared/")):
                 raise errors.IntegrityError(
                     f"{source.label}: tensor {path} has no place in Hugging Face's format; not exported"
                 )
             left_out.append(path if source is anchor else f"{source.manifest['name']}/{path}")
     return planned, left_out
+
+
+def _read_ffn(
+    anchor: store.Artefact, source: store.Artefact, link: links.Link, rounding: expansion.Rounding | None
+) -> Iterator[np.ndarray]:
+    """One layer's FFN matrix, expanded or padded where the expert is smaller."""
+    ours = expansion.matrix(anchor, source, link.path, link.layer or 0, link.ours, rounding)
+    yield next(io.transposed(lambda: [ours], link.shape[0], link.shape[1], link.shape[0]))
 
 
 def _read(source: store.Artefact, link: links.Link) -> Iterator[np.ndarray]:

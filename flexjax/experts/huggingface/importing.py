@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import errors, tree, workdir
+from flexjax import errors, storage, tree, workdir
+from flexjax.experts import copying, models, slices, store
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, slices, store
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import links
 from flexjax.experts.huggingface import safetensors_io as io
@@ -63,7 +63,7 @@ def import_folder(source: epath.PathLike, target: epath.PathLike, names: Sequenc
             bundles = {
                 name: _write_expert(home, name, e, anchor, places, config, training) for e, name in enumerate(order) if e
             }
-            models.write_model_manifest(home, anchor, bundles, described.top_k)
+            manifest_lib.write(home, models.describe(anchor, bundles, described.top_k), generation=0)
             digest = models.open_model(home).tree_digest
     return {
         "kind": "model" if described.experts > 1 else "anchor",
@@ -157,8 +157,8 @@ def _write_expert(
     bundle = store.stream_bundle(home / "experts" / "incoming", name, anchor, config.d_ff, put, training)
     final = home / "experts" / bundle.manifest["digest"]
     if not workdir.is_local(home):
-        store.copy(bundle, final)
-        bundle.directory.rmtree()
+        copying.copy(bundle, final)
+        storage.delete(bundle.directory)
     else:
         bundle.directory.rename(final)
     return dataclasses.replace(bundle, directory=final)

@@ -27,7 +27,8 @@ OUTSIDE = {
     "head/norm": ("model.norm.weight", False),
     "head/kernel": ("lm_head.weight", True),
 }
-FFN = {"expert/ffn/gate": "gate_proj.weight", "expert/ffn/up": "up_proj.weight", "expert/ffn/down": "down_proj.weight"}
+GATE, UP, DOWN = "expert/ffn/gate", "expert/ffn/up", "expert/ffn/down"
+FFN = {GATE: "gate_proj.weight", UP: "up_proj.weight", DOWN: "down_proj.weight"}
 
 
 @dataclasses.dataclass(frozen=True)
