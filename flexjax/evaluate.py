@@ -51,8 +51,10 @@ def main(argv: list[str]) -> None:
     settings = MODEL, DATA, EXPERTS, SEQ_LEN, BATCH_SIZE, MAX_KILOBYTES, TOP_K, TEXT_FIELD, TOKEN_DTYPE, MESH, POLICY, USER
     hosts.join({f"--{holder.name}": holder.value for holder in settings})
     mesh = sharding.make_mesh(hosts.mesh_sizes(MESH.value))
-    decision = access.admit(MODEL.value, EXPERTS.value, POLICY.value, USER.value, DECISION_LOG.value)
-    anchor, architecture, params = models.load_any(MODEL.value, TOP_K.value, mesh)
+    model = models.open_any(MODEL.value)
+    decision = access.admit(model, EXPERTS.value, POLICY.value, USER.value, DECISION_LOG.value)
+    anchor = model.anchor
+    architecture, params = models.load_any(model, TOP_K.value, mesh)
     if TOP_K.value not in (None, architecture.top_k):
         raise errors.ConfigError(f"--top_k={TOP_K.value}: {MODEL.value} is an anchor and has one expert; leave the flag out")
     allowed = EXPERTS.value if decision is None else decision.granted

@@ -40,10 +40,11 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --model=DIR --prompt=TEXT")
     if not MODEL.value or PROMPT.value is None:
         raise errors.ConfigError("generate needs --model=DIR and --prompt=TEXT")
-    decision = access.admit(MODEL.value, EXPERTS.value, POLICY.value, USER.value, DECISION_LOG.value)
+    model = models.open_any(MODEL.value)
+    decision = access.admit(model, EXPERTS.value, POLICY.value, USER.value, DECISION_LOG.value)
     allowed = EXPERTS.value if decision is None else decision.granted
-    anchor, architecture, params = models.load_any(MODEL.value)
-    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
+    architecture, params = models.load_any(model)
+    tokenizer = tokenizer_lib.load(store.tokenizer_path(model.anchor))
     request = decode.Request(
         prompt=tokenizer.encode(_text(PROMPT.value)).tolist(),
         experts=None if allowed is None else tuple(allowed),

@@ -61,7 +61,7 @@ def test_groups_have_no_defaults_of_their_own():
         ("train.step", "did you mean config.train.steps?"),
         ("trian.steps", "did you mean config.train?"),
         ("anchor.train.batchsize", "did you mean config.anchor.train.batch_size?"),
-        ("expert.colour", "config.expert has name, d_ff, public_fraction, row_documents"),
+        ("expert.colour", "config.expert has name, kind, d_ff, rank, public_fraction, row_documents"),
         ("train.steps.x", "config.train.steps is a value"),
         ("train", "config.train is a group of settings"),
         ("anchor.train", "for instance config.anchor.train.trainable"),

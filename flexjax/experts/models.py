@@ -253,12 +253,14 @@ def verify(model: Model) -> None:
     check_listing(model)
 
 
-def load_any(
-    directory: epath.PathLike, top_k: int | None = None, mesh: Mesh | None = None
-) -> tuple[store.Artefact, transformer.Architecture, tree.Tree]:
-    """Reads a merged model or an anchor, as `load` does; returns (its anchor, what the parameters mean, the parameters)."""
-    if manifest_lib.kind(directory) == "anchor":
-        anchor = store.open_anchor(directory)
-        return anchor, *load_anchor(anchor, mesh)
-    model = open_model(directory)
-    return model.anchor, *load(model, top_k, mesh)
+def open_any(directory: epath.PathLike) -> Model:
+    """Opens a merged model, or an anchor as a model of `public` alone."""
+    if manifest_lib.kind(directory) != "anchor":
+        return open_model(directory)
+    anchor = store.open_anchor(directory)
+    return Model(anchor.directory, anchor.manifest, anchor, {})
+
+
+def load_any(model: Model, top_k: int | None = None, mesh: Mesh | None = None) -> tuple[transformer.Architecture, tree.Tree]:
+    """Reads what `open_any` opened, as `load` does."""
+    return load(model, top_k, mesh) if model.manifest["kind"] == "model" else load_anchor(model.anchor, mesh)

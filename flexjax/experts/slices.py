@@ -51,7 +51,8 @@ class Magnitude:
             block = np.abs(flat[start : start + BLOCK].astype(np.float32))
             largest = float(block.max())
             self.max = largest if math.isnan(largest) else max(self.max, largest)
-            self.squares += float(np.dot(block, block)) if largest < 1e15 else math.inf
+            wide = block if largest < 1e15 else block.astype(np.float64)  # whose squares float32 cannot hold
+            self.squares += float(np.dot(wide, wide))
             if small := int(np.count_nonzero(block < tiny)):
                 self.subnormal += small - int(block.size - np.count_nonzero(block))
         self.count += flat.size

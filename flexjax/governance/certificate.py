@@ -25,6 +25,7 @@ PURPOSE = "certificate"
 TOLERANCE = 1e-5  # of masked against removed, relative to the largest logit, in float32
 PROMPTS, LENGTH, NEW_TOKENS = 4, 24, 8
 NOT_NAMES = {"kind", "rows", "dtype"}  # fields whose words are never names of experts
+KEYED_BY_NAME = {"/experts", "/calibration", "/shared/experts", "/evaluation"}
 FILLINGS = {"normal numbers": np.float32(1), "numbers a hundred times larger": np.float32(100), "NaN": np.float32(np.nan)}
 
 
@@ -175,14 +176,13 @@ def _unmentioned(model: models.Model, removed: str, digest: str) -> dict[str, in
 
 
 def _mention(value: Any, removed: str, where: str = "") -> tuple[str, int]:
-    """The first field whose key or value is the name, and how many fields were looked at."""
+    """The first field that names the expert, and how many were looked at; keys of fixed fields are no names."""
     members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     count = 0
     for key, member in members:
         count += 1
-        if key in NOT_NAMES:
-            continue
-        if removed in (key, member):
+        named = key == removed and where in KEYED_BY_NAME
+        if named or (member == removed and key not in NOT_NAMES):
             return f"{where}/{key}", count
         found, below = _mention(member, removed, f"{where}/{key}")
         count += below

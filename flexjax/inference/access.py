@@ -231,7 +231,7 @@ def enforce(decision: Decision, path: epath.PathLike) -> None:
 
 
 def admit(
-    directory: epath.PathLike,
+    model: models.Model,
     requested: Iterable[str] | None,
     policy: epath.PathLike | None,
     user: str | None,
@@ -240,7 +240,7 @@ def admit(
     """The decision about one run of a command, from manifests alone, logged and said; None without a policy.
 
     Args:
-      directory: a merged model or an anchor.
+      model: an open one, the very one that is then read.
       requested: as for `decide`.
       policy, user, decisions: values of the flags --policy, --user and --decision_log, None where they were not given.
 
@@ -260,16 +260,8 @@ def admit(
     path = f"{os.fspath(policy)}.decisions.jsonl" if decisions is None else os.fspath(decisions)
     _check_local(path)
     rules = load(policy)
-    known, digest = _inventory(directory)
-    decision = decide(rules, user or "", requested, known, digest)
+    known = router.canonical_order((config_lib.PUBLIC, *model.bundles))
+    decision = decide(rules, user or "", requested, known, model.tree_digest)
     enforce(decision, path)
     distributed.say(f"policy: {decision.user} may use {', '.join(decision.granted)}; logged in {path}")
     return decision
-
-
-def _inventory(directory: epath.PathLike) -> tuple[tuple[str, ...], str]:
-    """Names of a model's experts and its digest; no tensor is read."""
-    if manifest_lib.kind(directory) == "anchor":
-        return (config_lib.PUBLIC,), manifest_lib.read(directory, "anchor")["digest"]
-    model = models.open_model(directory)
-    return router.canonical_order((config_lib.PUBLIC, *model.bundles)), model.tree_digest

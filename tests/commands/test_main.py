@@ -1,7 +1,6 @@
 """`flexjax.main` with bad input: one clear line, the right exit code, nothing lost."""
 
 import gzip
-import importlib.util
 import shutil
 
 import numpy as np
@@ -46,7 +45,7 @@ def job(tiny, anchor, tmp_path):
         ([MATH, "--config.train=4"], ["config.train is a group", "config.train.trainable"]),
         ([MATH, "--config.train.step=4"], ["config.train.step does not exist", "did you mean config.train.steps?"]),
         ([MATH, "--config.trai.steps=4"], ["did you mean config.train?"]),
-        ([MATH, "--config.expert.colour=red"], ["config.expert has name, d_ff, public_fraction, row_documents"]),
+        ([MATH, "--config.expert.colour=red"], ["config.expert has name, kind, d_ff, rank, public_fraction, row_documents"]),
         ([MATH, "--config.train.steps.x=4"], ["config.train.steps is a value"]),
         ([MATH, "--config.phase=sleep"], ["config.phase is 'sleep'", "public, expert, joint, router"]),
         ([MATH, "--confg.train.steps=4"], ["unknown flag --confg.train.steps", "did you mean --config.train.steps?"]),
@@ -166,7 +165,7 @@ def test_values_that_do_not_go_together(refuse, commands, job, tiny, tmp_path):
     refuse(commands.main, [*job, "--config.expert.public_fraction=1"], CONFIG, "expert.public_fraction=1")
     refuse(commands.main, [*job, "--config.train.trainable=["], CONFIG, "'['", "regular expression")
     refuse(commands.main, [*job, "--config.train.trainable=nothing"], CONFIG, "'nothing' matches no parameter")
-    refuse(commands.main, [*job, "--config.train.trainable=.*"], CONFIG, "embed/embedding", "no bundle carries")
+    refuse(commands.main, [*job, "--config.train.trainable=.*"], CONFIG, "experts/public/ffn/down", "no bundle carries")
     alone = [MATH, *tiny, f"--workdir={tmp_path / 'alone'}"]
     refuse(commands.main, [*alone, "--config.model.num_heads=3"], CONFIG, "model.num_heads=3")
     refuse(commands.main, [*alone, "--config.model.vocab_size=10"], CONFIG, "10 pieces", "model.vocab_size")
@@ -231,10 +230,15 @@ def test_full_disk(refuse, commands, job, max_bytes):
     refuse(commands.main, job, STORAGE, "File too large", max_bytes=max_bytes)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="the extra is installed")
-def test_bucket_without_the_extra(refuse, commands, job):
+def test_buckets(refuse, commands, job):
     refuse(commands.main, [*job, "--workdir=gs://bucket/run"], CONFIG, "gs://bucket/run", "no local directory")
-    refuse(commands.main, [*job, "--config.anchor.path=gs://bucket/anchor"], STORAGE, "gcsfs", "pip install -e '.[gcs]'")
+    refuse(
+        commands.main,
+        [*job, "--config.anchor.path=gs://bucket/anchor"],
+        STORAGE,
+        "credentials for Cloud Storage",
+        "gcloud auth",
+    )
     refuse(commands.main, [*job, "--config.anchor.path=hdfs2://bucket/anchor"], STORAGE, "hdfs2://", "local path")
 
 

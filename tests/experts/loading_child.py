@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from flexjax import config as config_lib
-from flexjax import distributed, errors, sharding, tree
-from flexjax.experts import models, schema, slices, store
+from flexjax import distributed, errors, sharding, storage, tree
+from flexjax.experts import manifest as manifest_lib
+from flexjax.experts import models, schema, store
 from flexjax.model import placement
 
 CONFIG = config_lib.ModelConfig(vocab_size=4096, d_model=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=2048)
@@ -44,7 +45,7 @@ def write(directory):
     def of_expert(name):
         return schema.expert_shapes(CONFIG.num_layers, CONFIG.d_model, WIDTHS[name], biased=name != "public")
 
-    home = store.fresh(directory)
+    home = manifest_lib.fresh(directory)
     shapes = schema.shared_shapes(CONFIG) | of_expert("public")
     anchor = store.write_anchor(home / "anchor", CONFIG, None, put("public", shapes), rows="random", training={})
     bundles = {}
@@ -53,7 +54,7 @@ def write(directory):
         bundle = store.stream_bundle(part, name, anchor, WIDTHS[name], put(name, of_expert(name)), {})
         part.rename(home / "experts" / bundle.manifest["digest"])
         bundles[name] = bundle
-    models.write_model_manifest(home, anchor, bundles, 2)
+    manifest_lib.write(home, models.describe(anchor, bundles, 2), generation=0)
     return models.open_model(home)
 
 
@@ -85,12 +86,12 @@ def measured(model, mesh, way):
     """The model on the mesh, and what that took: seconds, MB read from files, MB of memory before and at most."""
     read = [0]
 
-    def counted(path, size, original=slices.read_file):
-        data = original(path, size)
+    def counted(path, size, root=None, original=storage.read):
+        data = original(path, size, root)
         read[0] += len(data)
         return data
 
-    slices.read_file = counted
+    storage.read = counted
     distributed.barrier("begin")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, began = memory("VmRSS"), time.monotonic()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from flexjax import config as config_lib
-from flexjax import errors, sharding, tree
-from flexjax.experts import loading, models, slices, store, surgery
+from flexjax import errors, sharding, storage, tree
+from flexjax.experts import loading, models, store, surgery
 from flexjax.model import placement, transformer
 from tests.experts import loading_child
 from tests.model import noise
@@ -111,7 +111,7 @@ def test_public_apart(home):
 
 def test_anchor(home):
     mesh = mesh_of("fsdp 2 tensor 2 expert 2")
-    _, architecture, params = models.load_any(home / "anchor", mesh=mesh)
+    architecture, params = models.load_any(models.open_any(home / "anchor"), mesh=mesh)
     dense, whole = models.load_anchor(store.open_anchor(home / "anchor"))
     assert architecture == dense
     check_equal(params, placement.place(whole, dense, mesh))
@@ -184,12 +184,12 @@ def test_what_an_owner_may_not_publish_is_refused(home, tmp_path):
 
 
 def test_an_unreadable_disk_is_told(home, monkeypatch):
-    def broken(path, size):
+    def broken(path, size, root):
         raise OSError(5, "Input/output error", str(path))
 
     model, mesh = models.open_model(home / "model"), mesh_of("fsdp 8")
     _, leaves = loading._plan(model.anchor, model.bundles, 2, mesh, None)
-    monkeypatch.setattr(slices, "read_file", broken)
+    monkeypatch.setattr(storage, "read", broken)
     with pytest.raises(errors.StorageError, match=r"cannot read .*/c/0.*: Input/output error; check the storage"):
         loading._read_together(leaves, mesh)
 

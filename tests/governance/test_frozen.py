@@ -8,7 +8,7 @@ from flexjax.experts import schema, store
 from tests.commands import conftest as session
 
 anchor, commands, corpus, house, tiny = session.anchor, session.commands, session.corpus, session.house, session.tiny
-UNFROZEN = ("embed/embedding", "head/kernel")
+UNFROZEN = ("embed/embedding", "head/kernel", "head/norm")
 
 
 def leaves(directory):

@@ -25,7 +25,8 @@ from tests.experts import forging
 from tests.experts import test_store as damage
 from tests.governance import hostile
 
-commands, corpus, tiny, trained = session.commands, session.corpus, session.tiny, session.house
+anchor, code_expert, commands, corpus = session.anchor, session.code_expert, session.commands, session.corpus
+tiny, house = session.tiny, session.house
 QUICK = (  # what the default run also tries by the command line
     "lineage: other anchor", "smuggled: path out of the directory", "shapes: plausible width with files that hold nothing",
     "numbers: huge weights, honestly stated", "text: owner of 10 kB", "names: path as a name", "manifest: deep manifest",
@@ -56,12 +57,12 @@ def shapes():
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def honest(tmp_path_factory):
     """What is honest; nothing that is tried may change it."""
-    house = hostile.build(tmp_path_factory.mktemp("hostile"))
-    before = hostile.snapshot(house.home)
-    yield house
-    assert hostile.snapshot(house.home) == before, "an attempt changed what it was given"
+    honest = hostile.build(tmp_path_factory.mktemp("hostile"))
+    before = hostile.snapshot(honest.home)
+    yield honest
+    assert hostile.snapshot(honest.home) == before, "an attempt changed what it was given"
 
 
 @pytest.fixture(scope="module")
@@ -84,22 +85,22 @@ def test_the_corpus_has_every_row_of_the_threats():
 
 
 @pytest.mark.parametrize(("name", "verb"), DEFAULT)
-def test_every_kind_is_refused_by_calls(house, tmp_path, name, verb):
+def test_every_kind_is_refused_by_calls(honest, tmp_path, name, verb):
     needs_root(name)
-    assert hostile.judge(hostile.KINDS[name], house, tmp_path, verb) == []
+    assert hostile.judge(hostile.KINDS[name], honest, tmp_path, verb) == []
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(("name", "verb"), [attempt for attempt in ATTEMPTS if attempt not in DEFAULT])
-def test_every_kind_is_refused_by_every_call(house, tmp_path, name, verb):
+def test_every_kind_is_refused_by_every_call(honest, tmp_path, name, verb):
     needs_root(name)
-    assert hostile.judge(hostile.KINDS[name], house, tmp_path, verb) == []
+    assert hostile.judge(hostile.KINDS[name], honest, tmp_path, verb) == []
 
 
-def by_command(merge, house, home, name, verb):
+def by_command(merge, honest, home, name, verb):
     """What is wrong about how a command refuses a kind; [] if nothing."""
     kind = hostile.KINDS[name]
-    case = hostile.prepare(kind, house, home)
+    case = hostile.prepare(kind, honest, home)
     arguments = hostile.arguments(case, verb)
     before = hostile.snapshot(home)
     done = merge(*arguments)
@@ -111,15 +112,15 @@ def by_command(merge, house, home, name, verb):
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_kinds_are_refused_by_commands(merge, house, tmp_path, name):
-    assert by_command(merge, house, tmp_path, name, hostile.KINDS[name].verbs[0]) == []
+def test_kinds_are_refused_by_commands(merge, honest, tmp_path, name):
+    assert by_command(merge, honest, tmp_path, name, hostile.KINDS[name].verbs[0]) == []
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(("name", "verb"), ATTEMPTS)
-def test_every_kind_is_refused_by_every_command(merge, house, tmp_path, name, verb):
+def test_every_kind_is_refused_by_every_command(merge, honest, tmp_path, name, verb):
     needs_root(name)
-    assert by_command(merge, house, tmp_path, name, verb) == []
+    assert by_command(merge, honest, tmp_path, name, verb) == []
 
 
 MEMORY = """
@@ -148,14 +149,14 @@ BOMBS = (
 )  # fmt: skip
 
 
-def test_bombs_are_refused_in_little_memory(house, tmp_path):
+def test_bombs_are_refused_in_little_memory(honest, tmp_path):
     """In a process of their own, whose largest size the kernel tells."""
     homes = []
     for number, name in enumerate(BOMBS):
         home = tmp_path / str(number)
         home.mkdir()
-        homes.append(hostile.prepare(hostile.KINDS[name], house, home).bundle)
-    command = [sys.executable, "-c", MEMORY, tmp_path / "target", house.anchor, house.beta, *homes]
+        homes.append(hostile.prepare(hostile.KINDS[name], honest, home).bundle)
+    command = [sys.executable, "-c", MEMORY, tmp_path / "target", honest.anchor, honest.beta, *homes]
     environment = {**os.environ, "PYTHONPATH": str(zygote.ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     said = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
@@ -178,50 +179,53 @@ def exchange(file, contents, stop):
 
 
 @pytest.mark.parametrize("path", [hostile.UP, hostile.BIAS, hostile.ROW])
-def test_a_slice_that_is_exchanged_meanwhile(house, tmp_path, path):
+def test_a_slice_that_is_exchanged_meanwhile(honest, tmp_path, path):
     """What is published is what was verified, or nothing is."""
-    bundle = shutil.copytree(house.alpha, tmp_path / "alpha")
-    file = hostile.Case(house, tmp_path, bundle, house.anchor).file(path)
-    honest = file.read_bytes()
+    bundle = shutil.copytree(honest.alpha, tmp_path / "alpha")
+    file = hostile.Case(honest, tmp_path, bundle, honest.anchor).file(path)
+    sound = file.read_bytes()
     stop = threading.Event()
-    thread = threading.Thread(target=exchange, args=(file, [honest, bytes(reversed(honest))], stop))
+    thread = threading.Thread(target=exchange, args=(file, [sound, bytes(reversed(sound))], stop))
     thread.start()
     try:
         for number in range(4):
             target = tmp_path / f"target{number}"
             with contextlib.suppress(errors.IntegrityError):
-                models.verify(merging.create(target, house.anchor, [house.beta, bundle], None))
+                models.verify(merging.create(target, honest.anchor, [honest.beta, bundle], None))
             assert not (target / manifest_lib.FILE).exists() or models.open_model(target).bundles.keys() == {"alpha", "beta"}
     finally:
         stop.set()
         thread.join()
 
 
+# Open: shapes are compared on a second reading of the manifest, so that what is checked is not what is used.
 @pytest.mark.parametrize("reads", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["another width", "a leaf of nobody"])
-def test_a_manifest_that_is_exchanged_meanwhile(house, tmp_path, monkeypatch, kind, reads):
+def test_a_manifest_that_is_exchanged_meanwhile(honest, tmp_path, monkeypatch, kind, reads):
     """After so many reads of it an honest one lies in its place: what is checked must be what is used."""
     bundle, policy = tmp_path / "alpha", "strict"
     if kind == "another width":  # sound in itself and not of this anchor: sixty hidden units
+        anchor, expert = store.open_anchor(honest.anchor), {"expert": wide_expert()}
         with contextlib.suppress(errors.IntegrityError):
-            hostile.write(bundle, "alpha", store.open_anchor(house.anchor), expert=wide_expert())
+            store.stream_bundle(bundle, "alpha", anchor, 60, lambda writer: writer.put_tree(expert), {})
+        assert manifest_lib.read(bundle, "expert")["d_ff"] == 60
     else:
         policy = "report"
-        shutil.copytree(house.alpha, bundle)
+        shutil.copytree(honest.alpha, bundle)
         forging.forge(bundle, lambda m: m["tensors"].update({"shared/../../../escaped": m["tensors"][hostile.UP]}))
-    honest = (house.alpha / "manifest.json").read_bytes()
+    sound = (honest.alpha / "manifest.json").read_bytes()
     read, count = storage.read_small, itertools.count(1)
 
     def read_small(path, *rest):
         data = read(path, *rest)
         if os.fspath(path) == os.fspath(bundle / "manifest.json") and next(count) == reads:
-            (bundle / "manifest.json").write_bytes(honest)
+            (bundle / "manifest.json").write_bytes(sound)
         return data
 
     monkeypatch.setattr(storage, "read_small", read_small)
     before = {path for path in tmp_path.rglob("*") if "target" not in path.parts}
     with pytest.raises(errors.FlexjaxError):
-        merging.create(tmp_path / "target", house.anchor, [bundle], None, merging.Terms(policy))
+        merging.create(tmp_path / "target", honest.anchor, [bundle], None, merging.Terms(policy))
     assert not (tmp_path / "target" / manifest_lib.FILE).exists(), "a model was published and then refused"
     assert {path for path in tmp_path.rglob("*") if "target" not in path.parts} == before
 
@@ -277,12 +281,12 @@ def flipped(home):
 
 def averaged_over_somebody_else(home):
     """Shared leaves that an expert shaped which the model does not name."""
-    house = home.parent / "made"
-    anchor, carrying = store.open_anchor(home / "anchor"), house / "carrying"
+    made = home.parent / "made"
+    anchor, carrying = store.open_anchor(home / "anchor"), made / "carrying"
     hostile.write(carrying, "alpha", anchor, shared=hostile.moved())
-    merging.create(house / "model", home / "anchor", [carrying], None, merging.Terms("average"))
-    entry = manifest_lib.read(house / "model", "model")["shared"]
-    shutil.copytree(house / "model" / "shared", home / "shared")
+    merging.create(made / "model", home / "anchor", [carrying], None, merging.Terms("average"))
+    entry = manifest_lib.read(made / "model", "model")["shared"]
+    shutil.copytree(made / "model" / "shared", home / "shared")
     forging.forge(home, lambda m: m.update(shared=entry))
 
 
@@ -302,6 +306,7 @@ OPENED = {  # refused when the model is opened, before any tensor is
         "digest",
     ),
     "positive calibrated bias": (calibrated(bias=[0.1, -1.0]), "gamma"),
+    # Open: these two, and averages over experts that the model does not have.
     "calibrated bias that becomes infinite": (calibrated(bias=[-1e300, -1.0]), "gamma"),
     "calibrated bias beyond every float": (calibrated(bias=[-(10**400), -1.0]), "gamma"),
     "calibrated bias for another number of layers": (calibrated(bias=[-1.0] * 3), "gamma"),
@@ -348,13 +353,13 @@ def verify(directory, trust=None):
 
 
 @pytest.mark.parametrize("name", [*OPENED, *READ, *VERIFIED])
-def test_changed_models_are_refused(house, tmp_path, name):
-    home = shutil.copytree(house.model, tmp_path / "model")
+def test_changed_models_are_refused(honest, tmp_path, name):
+    home = shutil.copytree(honest.model, tmp_path / "model")
     attack, says = (OPENED | READ | VERIFIED)[name]
     attack(home)
     refuse = [verify] + ([models.open_model] if name in OPENED else [])
     refuse += [lambda home: models.load(models.open_model(home))] if name not in VERIFIED else []
-    refuse += [lambda home: merging.add(home, [house.alpha])] if name in OPENED else []
+    refuse += [lambda home: merging.add(home, [honest.alpha])] if name in OPENED else []
     before = hostile.snapshot(home)
     for call in refuse:
         with hostile.watched() as opened, pytest.raises((errors.IntegrityError, errors.StorageError)) as refusal:
@@ -367,28 +372,40 @@ def test_changed_models_are_refused(house, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["positive calibrated bias", "positive bias", "card that lies"])
-def test_changed_models_are_refused_by_commands(merge, house, tmp_path, name):
-    home = shutil.copytree(house.model, tmp_path / "model")
+def test_changed_models_are_refused_by_commands(merge, honest, tmp_path, name):
+    home = shutil.copytree(honest.model, tmp_path / "model")
     attack, says = (OPENED | READ | VERIFIED)[name]
     attack(home)
     done = merge("verify", f"--model={home}")
     assert done.code == errors.IntegrityError.exit_code and says in done.err and len(done.err.splitlines()) == 1, done.err
 
 
+@pytest.fixture(scope="module")
+def runnable(house, code_expert, tmp_path_factory):
+    """A model of real runs, whose experts have the names that are attacked."""
+    home = tmp_path_factory.mktemp("runnable")
+    for name, source in {"beta": code_expert, "gamma": house / "expert"}.items():
+        shutil.copytree(source, home / name)
+        forging.forge(home / name, lambda m, name=name: m.update(name=name))
+    merging.create(home / "model", house / "public" / "anchor", [home / "beta", home / "gamma"], None)
+    return home / "model"
+
+
 @pytest.mark.reliability
-@pytest.mark.parametrize("name", [*OPENED, *READ])
-def test_changed_models_are_never_run(commands, trained, corpus, tmp_path, name):
-    """By `evaluate`, which reads every tensor, on the model of a real run."""
+@pytest.mark.parametrize("name", ["", *OPENED, *READ])
+def test_changed_models_are_never_run(commands, runnable, corpus, tmp_path, name):
+    """By `evaluate`, which reads every tensor; as it was, the same model runs."""
     if name in ("shared leaves of an expert that is not in it", "positive bias, stated large"):
-        pytest.skip("made for the shapes of the other house")
-    home = shutil.copytree(trained / "model", tmp_path / "model")
-    manifest = manifest_lib.read(home, "model")
-    forging.forge(home, lambda m: m.update(experts={"gamma": manifest["experts"]["math"], **manifest["experts"]}))
-    attack, _ = (OPENED | READ)[name]
-    attack(home)
-    done = commands.evaluate(f"--model={home}", f"--data=math={corpus}/math/validation.jsonl")
+        pytest.skip("made for the shapes of the other honest")
+    home = shutil.copytree(runnable, tmp_path / "model")
+    if name:
+        (OPENED | READ)[name][0](home)
+    done = commands.evaluate(f"--model={home}", f"--data=math={corpus}/math/validation.jsonl", "--max_kilobytes=1")
+    if not name:
+        assert done.code == 0, done.err
+        return
     assert done.code in (errors.IntegrityError.exit_code, errors.StorageError.exit_code), done.err
-    assert len(done.err.splitlines()) == 1 and "bits" not in done.out
+    assert len(done.err.splitlines()) == 1 and "math" not in done.out, done.err
 
 
 # Honest ones.
@@ -431,6 +448,7 @@ MARGINS = {"quantiles": [0.1, 0.5, 0.9], "values": [[-2.5, 0.25, 3.0], [-1.0, 0.
 HONEST = {  # name of the expert, how it is written, what is done to the directory
     "as trained": ("alpha", {}, None),
     "bfloat16": ("alpha", {"expert": cast(ml_dtypes.bfloat16)}, None),
+    # Open: half precision holds subnormal numbers as a matter of course, and is refused for them.
     "float16": ("alpha", {"expert": with_a_small_number(cast(np.float16))}, None),
     "narrow": ("beta", {}, None),
     "low rank": ("delta", {}, None),
@@ -458,14 +476,14 @@ HONEST = {  # name of the expert, how it is written, what is done to the directo
 
 
 @pytest.mark.parametrize("case", HONEST)
-def test_honest_bundles_are_let_in(house, tmp_path, case):
+def test_honest_bundles_are_let_in(honest, tmp_path, case):
     name, stated, change = HONEST[case]
     bundle = tmp_path / "bundle"
-    hostile.write(bundle, name, store.open_anchor(house.anchor), **stated)
+    hostile.write(bundle, name, store.open_anchor(honest.anchor), **stated)
     bundle = (change(bundle) if change else None) or bundle
     terms = merging.Terms("average" if "shared" in stated else "strict")
-    others = [house.home / other for other in ("beta", "gamma") if other != name]
-    model = merging.create(tmp_path / "target", house.anchor, [*others, bundle], None, terms)
+    others = [honest.home / other for other in ("beta", "gamma") if other != name]
+    model = merging.create(tmp_path / "target", honest.anchor, [*others, bundle], None, terms)
     verify(tmp_path / "target")
     given = store.open_bundle(bundle, None)
     assert model.bundles[name].manifest == given.manifest
@@ -475,23 +493,23 @@ def test_honest_bundles_are_let_in(house, tmp_path, case):
 
 
 @pytest.mark.parametrize("names", [["*"], ["alpha"], ["al*", "hospital-*"]])
-def test_honest_bundles_are_let_in_by_trust(house, tmp_path, names):
-    bundle = shutil.copytree(house.newer, tmp_path / "alpha")
-    case = hostile.Case(house, tmp_path, bundle, house.anchor)
-    case.sign(least_version={"alpha": 3}, revoked=[house.key("b"), manifest_lib.read(house.alpha, "expert")["digest"]])
-    case.trust["keys"][house.key("a")]["names"] = names
+def test_honest_bundles_are_let_in_by_trust(honest, tmp_path, names):
+    bundle = shutil.copytree(honest.newer, tmp_path / "alpha")
+    case = hostile.Case(honest, tmp_path, bundle, honest.anchor)
+    case.sign(least_version={"alpha": 3}, revoked=[honest.key("b"), manifest_lib.read(honest.alpha, "expert")["digest"]])
+    case.trust["keys"][honest.key("a")]["names"] = names
     model = hostile.attempt(case, "create")
     assert signatures.check(model.bundles["alpha"].directory, model.bundles["alpha"].manifest, None).state == "signed"
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "low rank", "owner in Chinese", "blanks in its path", "read-only"])
-def test_honest_bundles_are_let_in_by_commands(merge, house, tmp_path, case):
+def test_honest_bundles_are_let_in_by_commands(merge, honest, tmp_path, case):
     name, stated, change = HONEST[case]
     bundle = tmp_path / "bundle"
-    hostile.write(bundle, name, store.open_anchor(house.anchor), **stated)
+    hostile.write(bundle, name, store.open_anchor(honest.anchor), **stated)
     bundle = (change(bundle) if change else None) or bundle
-    model = shutil.copytree(house.model, tmp_path / "target")
-    shutil.copy(house.home / "model.history.jsonl", tmp_path / "target.history.jsonl")
+    model = shutil.copytree(honest.model, tmp_path / "target")
+    shutil.copy(honest.home / "model.history.jsonl", tmp_path / "target.history.jsonl")
     done = merge("add", f"--model={model}", f"--expert={bundle}", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out.splitlines()[-1])["tree_digest"] == models.open_model(model).tree_digest
@@ -502,21 +520,21 @@ def test_honest_bundles_are_let_in_by_commands(merge, house, tmp_path, case):
 
 
 @pytest.fixture(scope="module")
-def full(house, tmp_path_factory):
+def full(honest, tmp_path_factory):
     """A signed low-rank bundle that carries a leaf, states margins and has a card; and a model of it, calibrated, averaged."""
     home = tmp_path_factory.mktemp("full")
-    anchor = store.open_anchor(house.anchor)
+    anchor = store.open_anchor(honest.anchor)
     stated = {"margins": MARGINS, "privacy": {"dp": "DP-SGD", "epsilon": 2.0, "delta": 1e-5}, "version": 4}
     hostile.write(home / "delta", "delta", anchor, shared=hostile.moved(), **stated)
-    signatures.sign(home / "delta", house.home / "a.key")
+    signatures.sign(home / "delta", honest.home / "a.key")
     card.write(home / "delta")
-    merging.create(home / "model", house.anchor, [home / "delta"], None, merging.Terms("average"))
+    merging.create(home / "model", honest.anchor, [home / "delta"], None, merging.Terms("average"))
     entry = {"bias": [-1.5, -0.25], "share": 0.1, "text": hostile.ZEROS, "with": []}
     merging.calibrate(home / "model", {"delta": entry})
     (home / "model" / ".lock").unlink()
-    signatures.sign(home / "model", house.home / "a.key")
+    signatures.sign(home / "model", honest.home / "a.key")
     card.write(home / "model")
-    trust = {house.key("a"): signatures.Holder("Clinic A", ("*",))}
+    trust = {honest.key("a"): signatures.Holder("Clinic A", ("*",))}
     return home, signatures.Trust(trust, frozenset(), {})
 
 

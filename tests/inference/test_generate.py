@@ -57,7 +57,8 @@ def test_text_streams_and_json_comes_last(model):
     assert end == "" and "\n".join(shown) == prompt + result["text"]
     assert result["experts"] == ["public", "alpha"] and result["prompt"] == prompt
     assert b"tokens in" in done.stderr
-    anchor, architecture, params = models.load_any(model / "model")
+    opened = models.open_any(model / "model")
+    anchor, (architecture, params) = opened.anchor, models.load_any(opened)
     tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
     decoder = decode.Decoder(params, architecture, tokenizer.eos_id, tokenizer.vocab_size)
     request = decode.Request(tokenizer.encode(prompt).tolist(), ("public", "alpha"), 1.0, 50, 0.95, 3)

@@ -12,7 +12,21 @@ from flexjax import hardware, jobs
 from flexjax.planning import facts, planner, topology
 from tests.train import tiny
 
-CONFIGS = {"public": public, "expert": math_expert, "joint": joint_moe, "router": router_tuning}
+
+def low_rank(variant):
+    """The math expert with rank 16."""
+    config = math_expert.get_config(variant)
+    config.expert.kind, config.expert.rank = "low_rank", 16
+    return config
+
+
+CONFIGS = {
+    "public": public,
+    "expert": math_expert,
+    "low-rank": types.SimpleNamespace(get_config=low_rank),
+    "joint": joint_moe,
+    "router": router_tuning,
+}
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 CHIP = hardware.Chip("test", "", {"bfloat16": 1e12, "float32": 1e12}, 16 * 2**30, 1e11, 1e10)
 

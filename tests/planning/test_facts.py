@@ -12,7 +12,7 @@ import pytest
 
 from flexjax import hardware, jobs
 from flexjax.model import transformer
-from flexjax.planning import facts, planner
+from flexjax.planning import advice, analytic, facts, planner
 from tests.planning import conftest
 
 SMALL = {"vocab_size": 512, "d_model": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "d_ff": 128}
@@ -20,6 +20,8 @@ CASES = [
     ("public", {"fsdp": 8}),
     ("public", conftest.CUBE),
     ("expert", {"data": 2, "fsdp": 4, "frozen": "replicated"}),
+    ("low-rank", conftest.CUBE),
+    ("low-rank", {"data": 2, "fsdp": 4, "frozen": "replicated"}),
     ("router", conftest.CUBE),
     ("joint", {"fsdp": 2, "expert": 4}),
 ]
@@ -87,6 +89,23 @@ def test_a_step_that_the_compiler_refuses_does_not_fit_and_says_what_would_help(
     assert len(plan["advice"]) == 3
     saved = [change["saves"] for change in plan["advice"]]
     assert saved == sorted(saved, reverse=True) and saved[-1] > 0
+
+
+def test_low_rank_experts_are_planned_by_their_rank():
+    """Formulas: state and time shrink with the rank, and half of it is what would help."""
+    machine, found = dataclasses.replace(conftest.cpu(chip=conftest.CHIP), compiles=False), []
+    for rank in (32, 8):
+        config = small("low-rank", {"data": 4, "fsdp": 2})
+        config.expert.rank = rank
+        job = conftest.program(config)
+        found.append((facts.checkpoint_bytes(job), analytic.estimate(job, machine.chip, why="test")))
+    assert found[0][0] > 3.5 * found[1][0]
+    assert found[0][1].temporaries > found[1][1].temporaries and found[0][1].seconds.operations > found[1][1].seconds.operations
+    changes = advice._changes(config, machine)
+    assert [text for text, *_ in changes if "expert." in text] == ["expert.rank=4: an expert of half the rank"]
+    config.expert.rank = 4
+    shaped = advice._shaped(jobs.architecture(small("low-rank", {"data": 8})), config)
+    assert [bank.rank for bank in shaped.banks] == [0, 4] and shaped == jobs.architecture(config)
 
 
 def test_every_chip_is_found_by_what_jax_calls_it():

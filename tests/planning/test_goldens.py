@@ -18,6 +18,7 @@ HOME = pathlib.Path(__file__).parent / "goldens"
 CASES = {
     "public": ("public", "quickstart", conftest.CUBE, 1),
     "expert": ("expert", "quickstart", conftest.CUBE, 1),
+    "low-rank": ("low-rank", "quickstart", {"data": 2, "fsdp": 4}, 1),
     "router": ("router", "quickstart", conftest.CUBE, 1),
     "joint": ("joint", "quickstart", {"fsdp": 2, "expert": 4}, 1),
     "public-7b": ("public", "7b", conftest.CUBE, 128),
@@ -70,7 +71,7 @@ def test_predicted_argument_bytes_are_those_of_the_compiled_program(name):
     assert facts.argument_bytes(job) - unread <= found.arguments <= facts.argument_bytes(job) + 4096
 
 
-@pytest.mark.parametrize("name", ["public", "expert", "router"])
+@pytest.mark.parametrize("name", ["public", "expert", "low-rank", "router"])
 def test_compiled_flops_are_the_analytic_ones_split_over_the_devices(name):
     """Without remat nothing is computed again, but the logits of a head that is trained."""
     job, found = compiled(name)
