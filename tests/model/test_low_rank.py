@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
+from flexjax import errors, sharding, tree
 from flexjax.model import dispatch, kernels, low_rank, moe, router, transformer
 from flexjax.planning import hlo
 from tests.model import noise, oracle
@@ -376,3 +376,58 @@ def test_the_exchange_has_room_for_what_is_sent_only():
     mixed, full = (dispatch.buffer_bound(banks, None, tokens, 3, D, jnp.float32) for banks in (STANDARD, whole))
     assert (mixed.expected, full.expected) == (tokens * 3 * 2 // 6, tokens * 3)
     assert (mixed.pair, full.pair) == (tokens * 2, tokens * 3)  # two experts travel: no token has three choices there
+
+
+MESH_BANKS = (
+    config_lib.Bank("public", ("public",), 8, biased=False),
+    config_lib.Bank("r2", ("a", "d"), 8, rank=2),
+    config_lib.Bank("w4", ("b", "c", "e"), 4),
+)
+
+
+@pytest.mark.parametrize("top_k", [2, 6])
+def test_on_a_mesh_a_forbidden_expert_reaches_nobody_either(top_k):
+    """Rows with masks of their own, split over devices; the low-rank expert `a` is NaN throughout."""
+    mesh = sharding.make_mesh(config_lib.MeshConfig(fsdp=2, tensor=2, expert=2))
+    pair = transformer.Architecture(dataclasses.replace(MODEL, d_model=8, d_ff=8), MESH_BANKS, top_k)
+    params = jax.tree.map(lambda leaf: leaf[0], noise.params(pair, seed=3, std=0.5)["experts"])
+    rows = [params[bank.name]["router"]["row"] for bank in MESH_BANKS]
+    rows = np.concatenate(rows)[list(router.positions(MESH_BANKS))]
+    allowed = np.array([[1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 0]] * 2, bool)
+    h = np.random.default_rng(4).normal(size=(8, 3, 8)).astype(np.float32)
+
+    def loss(ffns, h, rows, allowed, mesh):
+        routing = router.route(h, rows, jnp.zeros(6), top_k, allowed)
+        y = moe.apply(h, ffns, MESH_BANKS, routing, allowed, mesh)
+        return (y**2).sum(), y
+
+    @functools.partial(jax.jit, static_argnums=4, compiler_options=QUICK)
+    def run(ffns, h, rows, allowed, mesh):
+        (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(ffns, h, rows, allowed, mesh)
+        return y, gradients
+
+    def on_mesh(ffns):
+        """As they lie in a training step: three narrow experts in four slots."""
+        axes = transformer.logical_axes(pair)["experts"]
+        placed = []
+        for bank, ffn in zip(MESH_BANKS, ffns, strict=True):
+            missing = 1 if bank.name == "w4" and pair.sparse else 0
+            names = tree.flatten(axes[bank.name]["ffn"])
+            padded = {path: np.pad(leaf, [(0, missing), (0, 0), (0, 0)]) for path, leaf in tree.flatten(ffn).items()}
+            rules = sharding.RULES if pair.sparse else sharding.IN_USE
+            places = {path: sharding.sharding(mesh, names[path][1:], rules) for path in padded}
+            placed.append(tree.unflatten({path: sharding.put(leaf, places[path]) for path, leaf in padded.items()}))
+        split = sharding.sharding(mesh, ("batch",))
+        return placed, sharding.put(h, split), rows, sharding.put(allowed, split), mesh
+
+    clean = [params[bank.name]["ffn"] for bank in MESH_BANKS]
+    dirty = jax.tree.map(np.copy, clean)
+    for leaf in tree.flatten(dirty[1]).values():
+        leaf[0] = np.nan
+    one, eight, broken = (
+        jax.tree.map(np.asarray, run(*args)) for args in ((clean, h, rows, allowed, None), on_mesh(clean), on_mesh(dirty))
+    )
+    close(eight[0], one[0], 1e-5)
+    close(eight[1][1], one[1][1], 1e-5)
+    for left, right in zip(jax.tree.leaves(broken), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_array_equal(left, right)
