@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import throughput
 from flexjax import config as config_lib
 from flexjax import tree, workdir
-from flexjax.experts import schema, slices, store
+from flexjax.experts import publishing, schema, slices
 
 
 def main() -> None:
@@ -87,9 +87,9 @@ def write_parts(parts: pathlib.Path, config: config_lib.ModelConfig, names: list
     public = schema.expert_shapes(config.num_layers, config.d_model, config.d_ff, biased=False)
     expert = schema.expert_shapes(config.num_layers, config.d_model, config.d_ff, biased=True)
     shared = put(schema.shared_shapes(config) | public, 0)
-    anchor = store.write_anchor(parts / "anchor", config, None, shared, rows="random", training={})
+    anchor = publishing.write_anchor(parts / "anchor", config, None, shared, rows="random", training={})
     for seed, name in enumerate(names, 1):
-        store.stream_bundle(parts / name, name, anchor, config.d_ff, put(expert, seed), {})
+        publishing.stream_bundle(parts / name, name, anchor, config.d_ff, put(expert, seed), {})
 
 
 def cold(paths: list[pathlib.Path], call: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ class FlexjaxError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 class ConfigError(FlexjaxError):
     """A flag, a config field or a combination of them cannot be used."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flexjax import config as config_lib
 from flexjax import distributed, errors, jobs, statement, tree, workdir
 from flexjax.data import pipeline, sources
-from flexjax.experts import domains, manifest, models, provenance, slices, store, surgery
+from flexjax.experts import domains, manifest, models, provenance, publishing, slices, store, surgery
 from flexjax.experts import rows as rows_lib
 from flexjax.model import placement, transformer
 from flexjax.train import loop
@@ -84,7 +84,7 @@ def public_stage(
         writer.put_tree({**shared, "expert": public, "statistics": statistics})
 
     facts |= made_of | {"data": source.digest, "seed": config.seed, "seq_len": config.data.seq_len}
-    found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
+    found = publishing.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
     distributed.say(f"anchor: written to {home}, digest {found.manifest['digest'][:12]}")
     return found
 
@@ -108,7 +108,7 @@ def prepare_stage(
         writer.put_tree({**shared, "expert": public, "statistics": statistics})
 
     facts = given.manifest["training"] | {"start": given.manifest["digest"], "seq_len": config.data.seq_len}
-    found = store.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
+    found = publishing.write_anchor(home, config.model, corpora.tokenizer_file, put, rows=config.anchor.rows, training=facts)
     distributed.say(f"anchor: {given.directory} with public row and statistics, written to {home}")
     return found
 
@@ -153,7 +153,7 @@ def expert_stage(
     stated = statement.of_expert(config, anchor, architecture, whole, corpora, list(unfrozen), mesh)
     expert = surgery.split(whole, architecture.banks)[1][name]
     facts |= made_of | {"seed": config.seed}
-    found = store.write_bundle(home, name, anchor, expert, facts, stated, tree.unflatten(unfrozen))
+    found = publishing.write_bundle(home, name, anchor, expert, facts, stated, tree.unflatten(unfrozen))
     distributed.say(f"expert '{name}': written to {home}, digest {found.manifest['digest'][:12]}")
     return found
 
@@ -213,12 +213,12 @@ def joint_stage(
     _discard(parts)
     tokenizer_file, method = store.tokenizer_path(anchor), anchor.manifest["rows"]
     facts |= made_of | {"seed": config.seed, "seq_len": config.data.seq_len}
-    new = store.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=method, training=facts)
+    new = publishing.write_anchor(parts / "anchor", config.model, tokenizer_file, put, rows=method, training=facts)
     bias = np.zeros(config.model.num_layers, np.float32)  # bundles carry one; the experts of a joint model have none
     bundles = {}
     for name in names:
         expert = {**experts[name], "router": {**experts[name]["router"], "bias": bias}}
-        bundles[name] = store.write_bundle(parts / name, name, new, expert, facts)
+        bundles[name] = publishing.write_bundle(parts / name, name, new, expert, facts)
     return _publish(home, parts, new, bundles, config.mixture.top_k)
 
 
@@ -261,7 +261,7 @@ def router_stage(
         tuned = facts | made_of | {"router_tuned_with": sorted(start.bundles)}
         parent = {"digest": bundle.manifest["digest"], "by": "router tuning"}
         stated = dataclasses.replace(provenance.of(bundle.manifest), parent=parent, evaluation={}, margins=None)
-        bundles[name] = store.write_bundle(
+        bundles[name] = publishing.write_bundle(
             parts / name, name, start.anchor, experts[name], tuned, stated, bundle.tensors("shared")
         )
     return _publish(home, parts, start.anchor, bundles, start.manifest["top_k"])

@@ -98,7 +98,8 @@ def files(directory: epath.Path) -> dict[str, Entry]:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(f"{prefix}{entry.name}/")
                     else:
-                        found[prefix + entry.name] = Entry(entry.stat(follow_symlinks=False).st_size, 1)
+                        status = entry.stat(follow_symlinks=False)
+                        found[prefix + entry.name] = Entry(status.st_size if stat.S_ISREG(status.st_mode) else -1, 1)
     except FileNotFoundError as error:
         if os.path.lexists(directory):
             raise errors.StorageError(f"{error.filename} vanished while {directory} was listed; run again") from None

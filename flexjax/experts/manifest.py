@@ -83,7 +83,10 @@ def seal(manifest: Manifest) -> Manifest:
 @functools.cache
 def code() -> str:
     """Name and version of this code."""
-    return f"flexjax {metadata.version('flexjax')}"
+    try:
+        return f"flexjax {metadata.version('flexjax')}"
+    except metadata.PackageNotFoundError:
+        return "flexjax unknown"  # run from a checkout that was not installed
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -230,6 +233,15 @@ def _check_fields(manifest: Manifest, where: str) -> None:
     for field in sorted(expected & set(TYPES)):
         if not isinstance(manifest[field], TYPES[field]) or isinstance(manifest[field], bool):
             raise errors.IntegrityError(f"{where}: field '{field}' is of type {type(manifest[field]).__name__}; refused")
+    digests = {"anchor", "config", "digest"} | ({"tokenizer"} if manifest["kind"] == "expert" else set())
+    for field in sorted(digests & expected):
+        value = manifest[field]
+        if not isinstance(value, str) or not (provenance.DIGEST.fullmatch(value) or (field == "tokenizer" and not value)):
+            raise errors.IntegrityError(f"{where}: field '{field}' is no SHA-256; refused")
+    if "code" in expected and not re.fullmatch(r"flexjax [0-9A-Za-z.+-]{1,40}", manifest["code"]):
+        raise errors.IntegrityError(
+            f"{where}: field 'code' is {manifest['code'][:20]!r}, expected a version of flexjax; refused"
+        )
 
 
 def _parse(data: bytes, path: epath.Path) -> Manifest:

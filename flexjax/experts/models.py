@@ -118,7 +118,7 @@ def _check_calibration(name: str, entry: Any, experts: Mapping[str, Any], layers
         and set(entry) == {"bias", "share", "text", "with"}
         and isinstance(entry["bias"], list)
         and len(entry["bias"]) == layers
-        and all(provenance.number(bias) and bias <= 0 for bias in entry["bias"])
+        and all(provenance.number(bias) and -1e4 <= bias <= 0 for bias in entry["bias"])
         and provenance.number(entry["share"])
         and isinstance(entry["with"], list)
     )
@@ -133,8 +133,8 @@ def _check_calibration(name: str, entry: Any, experts: Mapping[str, Any], layers
 def _open_shared(home: epath.Path, manifest: manifest_lib.Manifest, config: config_lib.ModelConfig) -> store.Artefact:
     """The averaged leaves that a model names."""
     entry = manifest["shared"]
-    if set(entry) != {"digest", "experts"} or not isinstance(entry["experts"], dict):
-        raise errors.IntegrityError(f"{home}: field 'shared' must hold digest and experts")
+    if set(entry) != {"digest", "experts"} or entry["experts"] != manifest["experts"]:
+        raise errors.IntegrityError(f"{home}: field 'shared' must hold digest and experts, exactly the model's")
     directory = averaging.place(home, manifest["anchor"], entry["experts"])
     shared = store.Artefact(directory, manifest_lib.read(directory, "shared"), f"averaged leaves in {directory}")
     named = (shared.manifest["digest"], shared.manifest["anchor"], shared.manifest["experts"])

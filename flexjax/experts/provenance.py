@@ -15,6 +15,7 @@ from flexjax import errors
 LONGEST_WORD = 128
 NO_PRIVACY = {"dp": "none"}
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]{0,63}")  # an SPDX expression, or a few words
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,7 +69,7 @@ def check_training(training: Mapping[str, Any], where: str) -> None:
 
 def number(value: Any) -> bool:
     """Whether a value is a plain finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return (type(value) is int and abs(value) < 2**1000) or (type(value) is float and math.isfinite(value))
 
 
 def _whole(value: Any) -> bool:
@@ -84,7 +85,9 @@ def _digest(value: Any) -> bool:
 
 
 def _names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 4096 and all(_word(name) for name in value)
+    return (
+        isinstance(value, list) and len(value) <= 4096 and all(isinstance(name, str) and KEY.fullmatch(name) for name in value)
+    )
 
 
 def _members(**fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -92,8 +95,12 @@ def _members(**fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(key in fits and fits[key](member) for key, member in value.items())
 
 
+def _within(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: number(value) and low <= value <= high
+
+
 def _evaluation(value: Any) -> bool:
-    scores = _members(bits_per_byte=number, anchor=number)
+    scores = _members(bits_per_byte=_within(0, 1e3), anchor=_within(0, 1e3))
     return isinstance(value, dict) and len(value) <= 64 and all(_word(name) and scores(score) for name, score in value.items())
 
 
@@ -103,13 +110,15 @@ def _margins(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"quantiles", "values"} or not isinstance(value["values"], list):
         return False
     quantiles, rows = value["quantiles"], value["values"]
-    if not isinstance(quantiles, list) or not 0 < len(quantiles) <= 9 or not all(map(number, quantiles)):
+    if not isinstance(quantiles, list) or not 0 < len(quantiles) <= 9 or not all(map(_within(0, 1), quantiles)):
         return False
-    return all(isinstance(row, list) and len(row) == len(quantiles) and all(map(number, row)) for row in rows)
+    return all(isinstance(row, list) and len(row) == len(quantiles) and all(map(_within(-1e4, 1e4), row)) for row in rows)
 
 
 def _privacy(value: Any) -> bool:
-    return _members(dp=_word, epsilon=number, delta=number)(value) and "dp" in value
+    if not _members(dp=_word, epsilon=_within(0, 1e6), delta=_within(0, 1))(value):
+        return False
+    return value == NO_PRIVACY or (len(value) == 3 and value["dp"].strip().lower() not in ("", "none"))
 
 
 def _parent(value: Any) -> bool:
@@ -145,7 +154,11 @@ TRAINING: dict[str, Callable[[Any], bool]] = {
     "flops": number,
     **dict.fromkeys(("stream", "start", "data"), _digest),
     "router_tuned_with": _names,
-    "huggingface": lambda value: isinstance(value, dict) and all(_plain(member) for member in value.values()),
+    "huggingface": lambda value: (
+        isinstance(value, dict)
+        and len(value) <= 64
+        and all(KEY.fullmatch(key) and _plain(member) for key, member in value.items())
+    ),
 }
 
 

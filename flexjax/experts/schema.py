@@ -1,5 +1,7 @@
 """Which tensors an anchor or a bundle holds, and of what shape: derived from the model's shapes, never read from a file."""
 
+import dataclasses
+import functools
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +16,12 @@ ENTRY = {"dtype", "shape", "slices", "max", "rms"}  # what a manifest says of a 
 
 def shared_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
     """Paths and shapes of a model's shared tree."""
+    return dict(_shared_shapes(*dataclasses.astuple(config)))
+
+
+@functools.lru_cache
+def _shared_shapes(*fields: Any) -> dict[str, tuple[int, ...]]:
+    config = config_lib.ModelConfig(*fields)
     dense = transformer.Architecture(config, transformer.dense_banks(config))
     shapes = {path: leaf.shape for path, leaf in tree.flatten(transformer.abstract(dense)).items()}
     return {path: shape for path, shape in shapes.items() if not path.startswith("experts/")}
@@ -93,5 +101,9 @@ def _check_entry(label: str, path: str, entry: Any, shape: tuple[int | None, ...
     ):
         raise errors.IntegrityError(f"{label} has shape {str(stated)[:80]}, expected {list(shape)}")
     count = slices.slice_count(path, tuple(stated), slices.ITEMSIZE[entry["dtype"]])
-    if not isinstance(digests, list) or len(digests) != count or not all(isinstance(digest, str) for digest in digests):
+    if (
+        not isinstance(digests, list)
+        or len(digests) != count
+        or not all(isinstance(digest, str) and provenance.DIGEST.fullmatch(digest) for digest in digests)
+    ):
         raise errors.IntegrityError(f"{label} must have {count} slices, each with its digest")

@@ -43,9 +43,10 @@ class Magnitude:
         """Root mean square."""
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
+    @np.errstate(invalid="ignore")
     def add(self, values: np.ndarray) -> None:
         """Looks at numbers of any floating dtype."""
-        tiny = float(ml_dtypes.finfo(values.dtype).smallest_normal)
+        tiny = float(ml_dtypes.finfo(np.float32).smallest_normal)
         flat = values.reshape(-1)
         for start in range(0, flat.size, BLOCK):
             block = np.abs(flat[start : start + BLOCK].astype(np.float32))

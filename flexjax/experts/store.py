@@ -8,18 +8,17 @@ are read: what was verified is what is used.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Union
+from collections.abc import Iterator, Mapping
+from typing import Union
 
 import numpy as np
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import distributed, errors, storage, tree
+from flexjax import errors, storage, tree
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import provenance as provenance_lib
-from flexjax.experts import schema, slices, surgery
+from flexjax.experts import schema, slices
 
 TOKENIZER_FILES = (tokenizer_lib.SENTENCEPIECE_FILE, tokenizer_lib.HUGGING_FACE_FILE)
 TOKENIZER_BYTES = 2**28
@@ -164,60 +163,23 @@ def check_listing(directory: epath.Path, found: Mapping[str, storage.Entry], nam
         raise errors.IntegrityError(f"{directory / file} is missing; restore the file or fetch the directory again")
 
 
+def check_files(artefact: Artefact) -> None:
+    """Raises IntegrityError if a directory holds other files than its manifest names, or one of another size or kind."""
+    found = storage.files(artefact.directory)
+    check_listing(artefact.directory, found, artefact.files(), artefact.label)
+    for path, entry in artefact.manifest["tensors"].items():
+        for index in range(len(entry["slices"])):
+            file = artefact.slice_path(path, index)
+            size = found[str(file.relative_to(artefact.directory))].size
+            if size != artefact.slice_bytes(path):
+                raise errors.IntegrityError(
+                    f"{file} has {size} bytes or is no regular file, expected {artefact.slice_bytes(path)}; fetch it again"
+                )
+
+
 def tokenizer_files(manifest: manifest_lib.Manifest) -> set[str]:
     """The name of an anchor's tokenizer file, if it has one."""
     return {manifest["tokenizer"]["file"]} if manifest["kind"] == "anchor" and manifest["tokenizer"] else set()
-
-
-def write_anchor(
-    directory: epath.PathLike,
-    config: config_lib.ModelConfig,
-    tokenizer_file: epath.PathLike | None,
-    tensors: Callable[[slices.TensorWriter], None],
-    *,
-    rows: str,
-    training: dict[str, Any],
-) -> Artefact:
-    """Writes an anchor: `tensors(writer)` puts embed/, layers/, head/, expert/ (the public one) and statistics/.
-
-    An anchor imported from a folder that has no tokenizer has none either (`tokenizer_file` None).
-    """
-    home = _begin(directory)
-    tokenizer = None
-    if tokenizer_file is not None:
-        source = epath.Path(tokenizer_file)
-        data = source.read_bytes()
-        name = f"tokenizer{source.suffix}"
-        if name not in TOKENIZER_FILES:
-            raise errors.ConfigError(f"{source} is no tokenizer; give a .model or .json file")
-        if distributed.is_main():
-            storage.write(home / name, [data])
-        tokenizer = {"file": name, "digest": tree.sha256(data)}
-    writer = slices.TensorWriter(home)
-    tensors(writer)
-    manifest = {
-        "kind": "anchor",
-        "model": dataclasses.asdict(config),
-        "tokenizer": tokenizer,
-        "rows": rows,
-        "tensors": writer.entries,
-        "training": training,
-    }
-    _commit(home, manifest)
-    return open_anchor(home)
-
-
-def _begin(directory: epath.PathLike) -> epath.Path:
-    """The directory that all processes write together: process 0 its files, all of them the same manifest in memory."""
-    home = manifest_lib.fresh(directory) if distributed.is_main() else epath.Path(directory)
-    distributed.barrier("artefact")
-    return home
-
-
-def _commit(home: epath.Path, manifest: manifest_lib.Manifest) -> None:
-    if distributed.is_main():
-        manifest_lib.write(home, manifest_lib.seal(manifest), generation=0)
-    distributed.barrier("artefact")
 
 
 def open_anchor(directory: epath.PathLike) -> Artefact:
@@ -263,65 +225,18 @@ def _check_tokenizer_entry(anchor: Artefact) -> None:
         raise errors.IntegrityError(f"{anchor.label}: the tokenizer must be one of {', '.join(TOKENIZER_FILES)} and its digest")
 
 
-def write_bundle(
-    directory: epath.PathLike,
-    name: str,
-    anchor: Artefact,
-    expert: tree.Tree,
-    training: dict[str, Any],
-    provenance: provenance_lib.Provenance = provenance_lib.Provenance(),
-    shared: tree.Tree | None = None,
-) -> Artefact:
-    """Writes one expert: its FFN, router row and effective bias (never above 0), and the shared leaves that it unfroze."""
-
-    def put(writer: slices.TensorWriter) -> None:
-        carried = {"expert": expert} | ({"shared": shared} if shared else {})
-        writer.put_tree(carried, lambda path, rows: check_content(path, rows, f"expert '{name}'"))
-
-    width, rank = surgery.width(expert), surgery.rank(expert)
-    try:
-        return stream_bundle(directory, name, anchor, width, put, training, rank=rank, provenance=provenance)
-    except errors.IntegrityError:
-        if distributed.is_main():
-            storage.delete(epath.Path(directory))  # what was begun; it has no manifest
-        raise
-
-
-def stream_bundle(
-    directory: epath.PathLike,
-    name: str,
-    anchor: Artefact,
-    d_ff: int,
-    tensors: Callable[[slices.TensorWriter], None],
-    training: dict[str, Any],
-    *,
-    rank: int = 0,
-    provenance: provenance_lib.Provenance = provenance_lib.Provenance(),
-) -> Artefact:
-    """Writes one expert slice by slice: `tensors(writer)` puts expert/ and shared/, whose content the caller has checked."""
-    manifest_lib.check_name(name)
-    home = _begin(directory)
-    writer = slices.TensorWriter(home)
-    tensors(writer)
-    manifest = {
-        "kind": "expert",
-        "name": name,
-        **manifest_lib.lineage(anchor.manifest),
-        "d_ff": d_ff,
-        "rank": rank,
-        "tensors": writer.entries,
-        "training": training,
-        **provenance.fields(),
-    }
-    _commit(home, manifest)
-    return open_bundle(home, config_of(anchor))
-
-
 def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig | None) -> Artefact:
     """Opens a bundle and checks its manifest against the shapes of an anchor (None: its own); no tensor is read."""
     home = epath.Path(directory)
     manifest = manifest_lib.read(home, "expert")
     bundle = Artefact(home, manifest, f"expert '{manifest_lib.check_name(manifest['name'])}' in {home}")
+    check_bundle(bundle, config)
+    return bundle
+
+
+def check_bundle(bundle: Artefact, config: config_lib.ModelConfig | None) -> None:
+    """Checks the manifest that a bundle was opened with against the shapes of an anchor (None: its own)."""
+    manifest = bundle.manifest
     d_ff, rank = manifest["d_ff"], manifest["rank"]
     widest = 2**20 if config is None else config.d_ff * 8
     if not 0 < d_ff <= widest:
@@ -337,7 +252,6 @@ def open_bundle(directory: epath.PathLike, config: config_lib.ModelConfig | None
     carried = {} if config is None else {f"shared/{path}": shape for path, shape in schema.shared_shapes(config).items()}
     own = {path: entry for path, entry in manifest["tensors"].items() if config is not None or not path.startswith("shared/")}
     schema.check(own, bundle.label, schema.expert_shapes(layers, d_model, d_ff, biased=True, rank=rank), carried)
-    return bundle
 
 
 def carried(bundle: Artefact) -> list[str]:

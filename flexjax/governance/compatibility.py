@@ -21,6 +21,7 @@ LINEAGE = ("config", "tokenizer", "anchor")  # the anchor's digest covers the ot
 POLICIES = ("strict", "report", "average")
 MOST_MAX = 64.0  # a weight may be so many times the largest of the anchor's same tensor; trained ones stay below 8
 MOST_RMS = 16.0
+MOST_ROW = 1e4  # rows are made for logits near 1: their norms are 0.5 to 50, whatever the scale of the states
 ENOUGH_ACTIVE = 4  # the paper's quality levels off at four active experts (section 5)
 ROWS = 1024  # of a leaf that are compared at once
 OK, NOTE, REFUSED = "ok", "note", "refused"
@@ -105,7 +106,7 @@ def _of_bundle(
 def _shapes(bundle: store.Artefact, config: config_lib.ModelConfig) -> Row:
     name, stated = bundle.manifest["name"], "as the anchor's"
     try:
-        store.open_bundle(bundle.directory, config)
+        store.check_bundle(bundle, config)
     except errors.IntegrityError as error:
         advice = str(error).removeprefix(f"{bundle.label}: ")
         return Row(name, "shapes", stated, "others", REFUSED, f"{advice}; ask the owner for a bundle of this anchor")
@@ -155,7 +156,7 @@ def _limits(
         return (MOST_MAX * own["max"], MOST_RMS * own["rms"]), (entry["max"], entry["rms"])
     a, b = (theirs[f"{matrix}/{factor}"] for factor in ("a", "b"))
     product = a["rms"] * b["rms"] * math.sqrt(a["shape"][-1])  # of independent factors; aligned ones reach sqrt(rank) more
-    return (math.inf, MOST_RMS * own["rms"]), (0.0, product)
+    return (MOST_MAX * own["max"], MOST_RMS * own["rms"]), (a["max"] * b["max"], product)
 
 
 def _size(bundle: store.Artefact, config: config_lib.ModelConfig) -> Row:
@@ -225,7 +226,10 @@ def routers(bundles: Sequence[store.Artefact]) -> list[Row]:
         bias = bundle.tensor(f"{store.ROUTER}bias").astype(np.float64)
         norms = np.linalg.norm(row, axis=1)
         directions[name] = row / np.maximum(norms, 1e-30)[:, None]
-        rows.append(Row(name, "row norm", "above 0", f"{norms.min():.3g} to {norms.max():.3g}", OK))
+        fits = norms.max() <= MOST_ROW
+        advice = "" if fits else "such a row takes every token: ask the owner how it was made"
+        span = f"{norms.min():.3g} to {norms.max():.3g}"
+        rows.append(Row(name, "row norm", f"at most {MOST_ROW:g}", span, OK if fits else REFUSED, advice))
         rows.append(Row(name, "bias", "at most 0", f"{bias.min():.3g} to {bias.max():.3g}", OK))
     for name, own in directions.items():
         near = {other: float(np.mean(np.sum(own * found, axis=1))) for other, found in directions.items() if other != name}

@@ -25,7 +25,7 @@ from flexjax import errors, sharding, storage
 from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.data import tokens
 from flexjax.eval import bits_per_byte
-from flexjax.experts import loading, provenance, slices, store
+from flexjax.experts import loading, provenance, publishing, slices, store
 from flexjax.experts import manifest as manifest_lib
 from flexjax.governance import truncation
 
@@ -75,7 +75,7 @@ def compress(
 
     manifest_lib.check_free(target)  # what is there is never deleted
     try:
-        small = store.stream_bundle(
+        small = publishing.stream_bundle(
             target,
             manifest["name"],
             anchor,

@@ -215,6 +215,8 @@ def admit(
     """
     rows = compatibility.report(anchor, given, top_k, terms.policy, terms.trust, len(present))
     if all(row.verdict != compatibility.REFUSED for row in rows):
+        for bundle in given:
+            store.check_files(bundle)
         everybody = [*present.values(), *given]
         rows += compatibility.routers(everybody)
         rows += [row for bundle in given for row in compatibility.drift(anchor, bundle)]
@@ -296,7 +298,11 @@ def _commit(
     for bundle in bundles.values():
         place = home / "experts" / bundle.manifest["digest"]
         if bundle.directory != place and not _is_there(place, bundle):
-            copying.copy(bundle, place, terms.read_content)
+            try:
+                copying.copy(bundle, place, terms.read_content)
+            except errors.IntegrityError:
+                storage.delete(place)  # what a hostile bundle left must not stop the model from being verified
+                raise
     averaged = terms.policy == "average" or (before is not None and before.shared is not None)
     shared = averaging.write(home, anchor, bundles) if averaged else None
     manifest = models.describe(anchor, bundles, top_k, calibration, shared)

@@ -15,7 +15,7 @@ import numpy as np
 from flexjax import config as config_lib
 from flexjax import distributed, errors, sharding, storage, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, schema, store
+from flexjax.experts import models, publishing, schema
 from flexjax.model import placement
 
 CONFIG = config_lib.ModelConfig(vocab_size=4096, d_model=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=2048)
@@ -47,11 +47,11 @@ def write(directory):
 
     home = manifest_lib.fresh(directory)
     shapes = schema.shared_shapes(CONFIG) | of_expert("public")
-    anchor = store.write_anchor(home / "anchor", CONFIG, None, put("public", shapes), rows="random", training={})
+    anchor = publishing.write_anchor(home / "anchor", CONFIG, None, put("public", shapes), rows="random", training={})
     bundles = {}
     for name in sorted(set(WIDTHS) - {"public"}):
         part = home / "experts" / name
-        bundle = store.stream_bundle(part, name, anchor, WIDTHS[name], put(name, of_expert(name)), {})
+        bundle = publishing.stream_bundle(part, name, anchor, WIDTHS[name], put(name, of_expert(name)), {})
         part.rename(home / "experts" / bundle.manifest["digest"])
         bundles[name] = bundle
     manifest_lib.write(home, models.describe(anchor, bundles, 2), generation=0)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, store, surgery
+from flexjax.experts import models, publishing, store, surgery
 from flexjax.experts.huggingface import biasless, expansion, exporting, importing
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import safetensors_io as io
@@ -81,9 +81,9 @@ def make_model(
             writer.put_tree({"statistics": {"states": np.asarray(seen).reshape(CONFIG.num_layers, -1, CONFIG.d_model)}})
 
     file = write_tokenizer(home / "tokenizer") if tokenizer else None
-    anchor = store.write_anchor(home / "parts" / "anchor", CONFIG, file, put, rows="logistic", training={})
+    anchor = publishing.write_anchor(home / "parts" / "anchor", CONFIG, file, put, rows="logistic", training={})
     bundles = {
-        name: store.write_bundle(home / "parts" / name, name, anchor, draw_expert(width, seed, bias), {})
+        name: publishing.write_bundle(home / "parts" / name, name, anchor, draw_expert(width, seed, bias), {})
         for seed, (name, width) in enumerate({"zz": CONFIG.d_ff, "aa": d_ff}.items(), 1)
     }
     models.write_model(home / "model", anchor, bundles, 2)
@@ -101,14 +101,14 @@ def make_mixed(home: pathlib.Path, widest: int = CONFIG.d_ff, dtype: str = "floa
         weights = jax.tree.map(lambda leaf: leaf.astype(dtype), {**params, "expert": {"ffn": public["ffn"]}})
         writer.put_tree(tree.combine(weights, {"expert": {"router": public["router"]}}))
 
-    anchor = store.write_anchor(home / "parts" / "anchor", CONFIG, None, put, rows="logistic", training={})
+    anchor = publishing.write_anchor(home / "parts" / "anchor", CONFIG, None, put, rows="logistic", training={})
     experts = {"full": draw_expert(widest, 1, bias), "narrow": draw_expert(16, 2, bias)}
     experts |= {name: draw_low_rank(rank, 10 + rank, bias) for name, rank in {"low": 4, "tiny": 1}.items()}
     bundles = {}
     for name, expert in experts.items():
         if name in ("full", "narrow"):
             expert["ffn"] = {kind: leaf.astype(dtype) for kind, leaf in expert["ffn"].items()}
-        bundles[name] = store.write_bundle(home / "parts" / name, name, anchor, expert, {})
+        bundles[name] = publishing.write_bundle(home / "parts" / name, name, anchor, expert, {})
     models.write_model(home / "model", anchor, bundles, 2)
     return home / "model"
 
@@ -459,7 +459,9 @@ def test_shared_leaves_are_those_that_the_model_uses(tmp_path):
     anchor = whole.anchor
     norm = anchor.tensor("head/norm")
     expert = whole.bundles["aa"].tensors("expert")
-    bundle = store.write_bundle(tmp_path / "own", "aa", anchor, expert, {}, shared={"head": {"norm": norm + np.float32(2)}})
+    bundle = publishing.write_bundle(
+        tmp_path / "own", "aa", anchor, expert, {}, shared={"head": {"norm": norm + np.float32(2)}}
+    )
     model = models.write_model(tmp_path / "merged", anchor, {"aa": bundle}, 2)
     report = exporting.export_folder(model.directory, tmp_path / "averaged")
     np.testing.assert_array_equal(read_all(tmp_path / "averaged")["model.norm.weight"], norm + np.float32(2))

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, store
+from flexjax.experts import models, publishing
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import links
 from flexjax.experts.huggingface import safetensors_io as io
@@ -84,7 +84,7 @@ def with_bias(source: epath.Path, target: epath.Path) -> None:
                 pieces = [np.full(layers, -0.5, np.float32)] if path == links.BIAS else bundle.slices_of(path)
                 writer.put(path, entry["dtype"], tuple(entry["shape"]), pieces)
 
-        new = store.stream_bundle(target / "new", name, model.anchor, bundle.manifest["d_ff"], put, {})
+        new = publishing.stream_bundle(target / "new", name, model.anchor, bundle.manifest["d_ff"], put, {})
         (target / "experts").mkdir(exist_ok=True)
         new.directory.rename(target / "experts" / new.manifest["digest"])
         bundles[name] = new

@@ -15,7 +15,7 @@ import pytest
 
 from flexjax import config as config_lib
 from flexjax import errors, sharding, storage, tree
-from flexjax.experts import loading, models, store, surgery
+from flexjax.experts import loading, models, publishing, store, surgery
 from flexjax.model import placement, transformer
 from tests.experts import loading_child
 from tests.model import noise
@@ -56,7 +56,7 @@ def small_files():
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, small_files):
     home = tmp_path_factory.mktemp("loading")
-    anchor = store.write_anchor(
+    anchor = publishing.write_anchor(
         home / "anchor", CONFIG, None, lambda writer: writer.put_tree({**SHARED, "expert": EXPERTS["public"]}),
         rows="random", training={},
     )  # fmt: skip
@@ -65,7 +65,7 @@ def home(tmp_path_factory, small_files):
         expert = EXPERTS[name]
         if name in IN_HALF:
             expert = {**expert, "ffn": {key: leaf.astype(ml_dtypes.bfloat16) for key, leaf in expert["ffn"].items()}}
-        bundles[name] = store.write_bundle(home / name, name, anchor, expert, {})
+        bundles[name] = publishing.write_bundle(home / name, name, anchor, expert, {})
     models.write_model(home / "model", anchor, bundles, top_k=2)
     return home
 

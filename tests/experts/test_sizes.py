@@ -6,7 +6,7 @@ import pytest
 
 from flexjax import config as config_lib
 from flexjax import sharding, tree
-from flexjax.experts import loading, models, store, surgery
+from flexjax.experts import loading, models, publishing, surgery
 from flexjax.model import placement, transformer
 from tests.model import noise
 
@@ -25,7 +25,7 @@ MESHES = [{"fsdp": 8}, {"expert": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     home = tmp_path_factory.mktemp("sizes")
-    anchor = store.write_anchor(
+    anchor = publishing.write_anchor(
         home / "anchor", CONFIG, None, lambda writer: writer.put_tree({**SHARED, "expert": EXPERTS["public"]}),
         rows="random", training={},
     )  # fmt: skip
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     for name in ("alpha", "beta", "delta", "eta", "gamma"):
         half = {path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in tree.flatten(EXPERTS[name]["ffn"]).items()}
         expert = {**EXPERTS[name], "ffn": tree.unflatten(half)} if name == "gamma" else EXPERTS[name]
-        bundles[name] = store.write_bundle(home / name, name, anchor, expert, {})
+        bundles[name] = publishing.write_bundle(home / name, name, anchor, expert, {})
     return models.write_model(home / "model", anchor, bundles, top_k=2)
 
 

@@ -13,7 +13,7 @@ import tensorstore
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
-from flexjax.experts import copying, models, slices, store, surgery
+from flexjax.experts import copying, models, publishing, slices, store, surgery
 from flexjax.experts import manifest as manifest_lib
 from flexjax.governance import merging
 from flexjax.model import transformer
@@ -34,7 +34,7 @@ STATES = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(ml_dtypes.bfloat
 def write_anchor(directory, tokenizer="tokenizer.model"):
     source = directory.parent / f"source-{tokenizer}"
     source.write_bytes(b"any bytes")
-    return store.write_anchor(
+    return publishing.write_anchor(
         directory, CONFIG, source,
         lambda writer: writer.put_tree({**SHARED, "expert": EXPERTS["public"], "statistics": {"states": STATES}}),
         rows="random", training={"steps": 3},
@@ -43,7 +43,9 @@ def write_anchor(directory, tokenizer="tokenizer.model"):
 
 def artefacts(home):
     anchor = write_anchor(home / "anchor")
-    bundles = {name: store.write_bundle(home / name, name, anchor, EXPERTS[name], {}) for name in ("alpha", "beta", "gamma")}
+    bundles = {
+        name: publishing.write_bundle(home / name, name, anchor, EXPERTS[name], {}) for name in ("alpha", "beta", "gamma")
+    }
     return anchor, bundles
 
 
@@ -344,7 +346,7 @@ def test_models_whose_parts_do_not_belong_together_are_refused(copy):
             models.open_model(model)
     stranger = {**store.open_anchor(copy / "anchor").manifest, "digest": "e" * 64}
     strange_anchor = dataclasses.replace(store.open_anchor(copy / "anchor"), manifest=stranger)
-    foreign = store.write_bundle(copy / "foreign", "beta", strange_anchor, EXPERTS["beta"], {})
+    foreign = publishing.write_bundle(copy / "foreign", "beta", strange_anchor, EXPERTS["beta"], {})
     shutil.copytree(foreign.directory, copy / "model" / "experts" / foreign.manifest["digest"])
     forging.forge(copy / "model", lambda m: m["experts"].update(beta=foreign.manifest["digest"]))
     with pytest.raises(errors.IntegrityError, match="was trained on anchor eeeeeeeeeeee"):
@@ -360,9 +362,9 @@ def test_bad_numbers_are_refused_when_written_and_when_read(home, tmp_path, path
     tree.flatten(bad)[path].reshape(-1)[-1] = value
     anchor = store.open_anchor(home / "anchor")
     with pytest.raises(errors.IntegrityError, match=message):
-        store.write_bundle(tmp_path / "checked", "alpha", anchor, bad, {})
+        publishing.write_bundle(tmp_path / "checked", "alpha", anchor, bad, {})
     assert not (tmp_path / "checked").exists()
-    sneaky = store.write_bundle(tmp_path / "bad", "alpha", anchor, EXPERTS["alpha"], {})
+    sneaky = publishing.write_bundle(tmp_path / "bad", "alpha", anchor, EXPERTS["alpha"], {})
     forging.implant(sneaky.directory, f"expert/{path}", lambda values: tree.flatten(bad)[path])
     sneaky = store.open_bundle(sneaky.directory, CONFIG)
     with pytest.raises(errors.IntegrityError, match=message):
@@ -403,7 +405,7 @@ def test_tokenizers_get_their_fixed_name_and_are_checked(copy):
 
 
 def test_anchors_without_a_tokenizer(tmp_path):
-    anchor = store.write_anchor(
+    anchor = publishing.write_anchor(
         tmp_path / "bare", CONFIG, None, lambda w: w.put_tree({**SHARED, "expert": EXPERTS["public"]}), rows="mean", training={}
     )
     anchor.verify()

@@ -23,7 +23,7 @@ import numpy as np
 
 from flexjax import errors, storage, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import provenance, slices, store, surgery
+from flexjax.experts import provenance, publishing, slices, store, surgery
 from flexjax.governance import compatibility, merging, signatures
 from flexjax.model import transformer
 from tests.experts import forging
@@ -81,7 +81,7 @@ def write_anchor(directory, states, dtype=np.float32):
     source.write_bytes(b"any bytes")
     leaves = {**SHARED, "expert": EXPERTS["public"]}
     cast = tree.map_with_path(lambda _, leaf: leaf.astype(dtype), leaves)
-    return store.write_anchor(
+    return publishing.write_anchor(
         directory, CONFIG, source, lambda writer: writer.put_tree(cast | extra), rows="mean", training={"steps": 3}
     )
 
@@ -90,7 +90,7 @@ def write(directory, name, anchor, expert=None, shared=None, training=None, **st
     """An honest bundle of owner Clinic A."""
     facts = {"steps": 4, "tokens": 1024, "seed": 1, **(training or {})}
     said = provenance.Provenance(**({"owner": "Clinic A", "data": {"licence": "CC-BY-4.0", "documents": 1010}} | stated))
-    return store.write_bundle(directory, name, anchor, EXPERTS[name] if expert is None else expert, facts, said, shared)
+    return publishing.write_bundle(directory, name, anchor, EXPERTS[name] if expert is None else expert, facts, said, shared)
 
 
 def moved():
@@ -180,7 +180,6 @@ LINEAGE = {
     "other anchor": forged(lambda m: m.update(anchor="e" * 64), "'alpha'", "anchor"),
     "other config": forged(lambda m: m.update(config="e" * 64), "'alpha'", "config"),
     "other tokenizer": forged(lambda m: m.update(tokenizer="e" * 64), "'alpha'", "tokenizer"),
-    # Open: a tokenizer that is no digest ends in a traceback, and codes for terminals reach messages and report.
     "no tokenizer": forged(lambda m: m.update(tokenizer=None), "tokenizer"),
     "tokenizer as an object": forged(lambda m: m.update(tokenizer={"file": "../../x", "digest": ZEROS}), "tokenizer"),
     "terminal codes as a digest": forged(lambda m: m.update(anchor="\x1b[2J\x1b[H ok\n"), "anchor"),
@@ -259,14 +258,12 @@ SHAPES = {
     "missing bias": forged(lambda m: m["tensors"].pop(BIAS), "'alpha'", BIAS, "missing"),
     "too few slices": tensor(slices=[ZEROS]),
     "too many slices": tensor(slices=[ZEROS] * 9),
-    # Open: slices' digests may be any words.
     "path out as a slice's digest": tensor(slices=["../../../../x", ZEROS]),
     "entry with an address": tensor(url="https://example.org/up"),
 }
 NUMBERS = {
     "huge max": tensor(max=1e308, says=("largest weight",)),
     "negative max": tensor(max=-1.0, says=("max",)),
-    # Open: whole numbers beyond every float end in a traceback.
     "max beyond every float": tensor(max=10**400, says=("max",)),
     "rms beyond every float": tensor(rms=10**400, says=("rms",)),
     "max in words": tensor(max="\x1b[2Jsmall", says=("max",)),
@@ -285,7 +282,6 @@ NUMBERS = {
     "margins beyond every float": stated("margins", {"quantiles": [0.5], "values": [[10**400], [0.0]]}),
     "epsilon beyond every float": stated("privacy", {"dp": "dp-sgd", "epsilon": 10**400, "delta": 1e-5}),
     "operations beyond every float": stated("training", {"flops": 10**400}),
-    # Open: figures and statements of privacy that cannot be are let in.
     "evaluation below nothing": stated("evaluation", {"math": {"bits_per_byte": -1.0, "anchor": 2.0}}),
     "quantiles that are none": stated("margins", {"quantiles": [-7.0], "values": [[0.0], [0.0]]}),
     "huge margins": stated("margins", {"quantiles": [0.5], "values": [[1e308], [1e308]]}),
@@ -318,7 +314,6 @@ TEXT = {
     "prose as the key of a training fact": stated("training", {PROSE * 9: 1}, "training"),
     "terminal codes as the key of a training fact": stated("training", {"\x1b[2J": 1}, "training"),
     "prose as a number of steps": stated("training", {"steps": PROSE}, "steps"),
-    # Open: names of neighbours, keys of an imported config and the code's version may be prose.
     "prose as a tuned neighbour": stated("training", {"router_tuned_with": [PROSE] * 100}, "router_tuned_with"),
     "prose as keys of an imported config": stated("training", {"huggingface": {PROSE * 900: 1}}, "huggingface"),
     "prose as the code's version": stated("code", PROSE * 900),
@@ -471,7 +466,6 @@ def added(name, content=b"import os\n"):
     return Kind(attack, Integrity, (f"{{bundle}}/{name}",))
 
 
-# Open: create and add look at no listing: extra files are let in, and what is no file is refused only when it is opened.
 FILES = {
     "linked slice": on_file(linked_to_copy, "{bundle}/tensors/expert/ffn/up"),
     "link to the same bytes": Kind(linked_to_the_same, Integrity, ("{bundle}/tensors/expert/router/bias",)),
@@ -690,7 +684,6 @@ def hard_link(case):
 
 
 HEALTH = ("'alpha'", "router health")
-# Open: where the copy refuses, add leaves a part of the bundle in the model, which then fails to verify.
 CONTENT = {
     "NaN in a matrix": implanted(poke(np.nan)),
     "signalling NaN in a matrix": implanted(signalling),
@@ -723,7 +716,6 @@ CONTENT = {
     "row of another expert": Kind(twin, Integrity, ("router health", "twins", "'alpha'"), "router"),
     "row of public": Kind(blind, Integrity, HEALTH, "router"),
     "bias that silences": implanted(lambda x: 0 * x - 50, BIAS, HEALTH),
-    # Open: without public states nothing bounds a row; nothing bounds the largest weight of a product of factors.
     "row that nobody can look at, a million times as long": Kind(
         bare(lambda case: forging.implant(case.bundle, ROW, lambda x: 1e6 * x)), Integrity, ("'alpha'", "row"), "router",
         base="bare_alpha", verbs=("create",),

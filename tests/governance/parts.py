@@ -4,7 +4,7 @@ import numpy as np
 
 from flexjax import config as config_lib
 from flexjax import tree
-from flexjax.experts import provenance, store, surgery
+from flexjax.experts import provenance, publishing, surgery
 from flexjax.model import transformer
 from tests.model import noise
 
@@ -24,7 +24,7 @@ STATES = np.random.default_rng(1).normal(size=(2, 64, 8)).astype(np.float32)
 def write_anchor(directory, statistics=False):
     """An anchor; with statistics, routers are probed, and rows of noise may fail."""
     extra = {"statistics": {"states": STATES}} if statistics else {}
-    return store.write_anchor(
+    return publishing.write_anchor(
         directory, CONFIG, None, lambda writer: writer.put_tree({**SHARED, "expert": EXPERTS["public"], **extra}),
         rows="random", training={"steps": 3},
     )  # fmt: skip
@@ -33,7 +33,7 @@ def write_anchor(directory, statistics=False):
 def write_bundle(directory, name, anchor, shared=None, expert=None, **stated):
     """A bundle of one of the experts above, or of another tree."""
     found = EXPERTS[name] if expert is None else expert
-    return store.write_bundle(directory, name, anchor, found, {}, provenance.Provenance(**stated), shared)
+    return publishing.write_bundle(directory, name, anchor, found, {}, provenance.Provenance(**stated), shared)
 
 
 def write_all(home, statistics=False):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flexjax import errors, tree
-from flexjax.experts import models, store, surgery
+from flexjax.experts import models, publishing, store, surgery
 from flexjax.governance import certificate, history, merging, signatures
 from flexjax.model import router
 from tests.experts import forging
@@ -75,7 +75,7 @@ def test_refusals(home, tmp_path):
 def test_refused_where_the_router_was_tuned_with_it(home, tmp_path):
     anchor = store.open_anchor(home / "anchor")
     for name in ("alpha", "beta"):
-        store.write_bundle(tmp_path / name, name, anchor, parts.EXPERTS[name], {"router_tuned_with": ["alpha", "beta"]})
+        publishing.write_bundle(tmp_path / name, name, anchor, parts.EXPERTS[name], {"router_tuned_with": ["alpha", "beta"]})
     model = left(tmp_path, tmp_path / "model", ("alpha", "beta")) if (tmp_path / "anchor").exists() else None
     merging.create(tmp_path / "model", home / "anchor", [tmp_path / "alpha", tmp_path / "beta"], 2)
     merging.remove(tmp_path / "model", "beta")

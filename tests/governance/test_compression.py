@@ -17,7 +17,7 @@ from etils import epath
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import provenance, schema, store, surgery
+from flexjax.experts import provenance, publishing, schema, store, surgery
 from flexjax.governance import compression, truncation
 from tests.experts import test_huggingface as made
 
@@ -62,13 +62,13 @@ def make_anchor(
             {"expert": {"ffn": draw_ffn(0, config.d_ff, config=config) if ffn is None else ffn, "router": {"row": row}}}
         )
 
-    return store.write_anchor(home / "anchor", config, None, put, rows="logistic", training={})
+    return publishing.write_anchor(home / "anchor", config, None, put, rows="logistic", training={})
 
 
 def make_bundle(home: pathlib.Path, anchor: store.Artefact, ffn: dict, name: str = "math", **options) -> store.Artefact:
     expert = {"ffn": ffn, "router": draw_router(7)}
     facts = {"steps": 10, "tokens": 100}
-    store.write_bundle(home / name, name, anchor, expert, facts, options.pop("provenance", STATED), **options)
+    publishing.write_bundle(home / name, name, anchor, expert, facts, options.pop("provenance", STATED), **options)
     return store.open_bundle(home / name, store.config_of(anchor))
 
 
@@ -383,7 +383,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(size, tmp_path):
         config = dataclasses.replace(CONFIG, num_layers=layers, d_model=96, d_ff=400)
         home = tmp_path / str(layers)
         anchor = make_anchor(home, config=config)
-        bundle = store.write_bundle(
+        bundle = publishing.write_bundle(
             home / "math", "math", anchor, {"ffn": draw_ffn(1, 400, config=config), "router": draw_router(0, layers, 96)}, {}
         )
         tracemalloc.start()
@@ -445,8 +445,8 @@ def test_memory_is_that_of_one_matrix_of_one_layer(size, d, limit, tmp_path):
         put(writer, 1.1)
         writer.put_tree({"expert": {"router": draw_router(0, 1, d)}})
 
-    anchor = store.write_anchor(tmp_path / "anchor", config, None, put_anchor, rows="logistic", training={})
-    store.stream_bundle(tmp_path / "math", "math", anchor, f, put_expert, {})
+    anchor = publishing.write_anchor(tmp_path / "anchor", config, None, put_anchor, rows="logistic", training={})
+    publishing.stream_bundle(tmp_path / "math", "math", anchor, f, put_expert, {})
     arguments = [tmp_path / "anchor", tmp_path / "math", tmp_path / "small", *size]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False

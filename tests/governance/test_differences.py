@@ -11,7 +11,7 @@ import pytest
 from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, provenance, store, surgery
+from flexjax.experts import models, provenance, publishing, store, surgery
 from flexjax.governance import differences
 from flexjax.model import transformer
 from tests.model import noise
@@ -35,7 +35,7 @@ def write_anchor(directory, scale=1.0):
     source = directory.parent / "tokenizer.model"
     source.write_bytes(b"any bytes")
     shared = {**SHARED, "embed": {"embedding": (scale * SHARED["embed"]["embedding"]).astype(np.float32)}}
-    return store.write_anchor(
+    return publishing.write_anchor(
         directory, CONFIG, source,
         lambda writer: writer.put_tree({**shared, "expert": EXPERTS["public"]}),
         rows="random", training={"steps": 3},
@@ -55,7 +55,9 @@ def anchor(tmp_path_factory):
 @pytest.fixture
 def write(anchor, tmp_path):
     def write(directory, expert, name="alpha", training=None, **stated):
-        return store.write_bundle(tmp_path / directory, name, anchor, expert, training or {}, provenance.Provenance(**stated))
+        return publishing.write_bundle(
+            tmp_path / directory, name, anchor, expert, training or {}, provenance.Provenance(**stated)
+        )
 
     return write
 

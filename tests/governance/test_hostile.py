@@ -17,7 +17,7 @@ import pytest
 
 from flexjax import errors, storage, tree
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, schema, store
+from flexjax.experts import models, publishing, schema, store
 from flexjax.governance import card, merging, signatures
 from tests.commands import conftest as session
 from tests.commands import zygote
@@ -198,7 +198,6 @@ def test_a_slice_that_is_exchanged_meanwhile(honest, tmp_path, path):
         thread.join()
 
 
-# Open: shapes are compared on a second reading of the manifest, so that what is checked is not what is used.
 @pytest.mark.parametrize("reads", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["another width", "a leaf of nobody"])
 def test_a_manifest_that_is_exchanged_meanwhile(honest, tmp_path, monkeypatch, kind, reads):
@@ -207,7 +206,7 @@ def test_a_manifest_that_is_exchanged_meanwhile(honest, tmp_path, monkeypatch, k
     if kind == "another width":  # sound in itself and not of this anchor: sixty hidden units
         anchor, expert = store.open_anchor(honest.anchor), {"expert": wide_expert()}
         with contextlib.suppress(errors.IntegrityError):
-            store.stream_bundle(bundle, "alpha", anchor, 60, lambda writer: writer.put_tree(expert), {})
+            publishing.stream_bundle(bundle, "alpha", anchor, 60, lambda writer: writer.put_tree(expert), {})
         assert manifest_lib.read(bundle, "expert")["d_ff"] == 60
     else:
         policy = "report"
@@ -306,7 +305,6 @@ OPENED = {  # refused when the model is opened, before any tensor is
         "digest",
     ),
     "positive calibrated bias": (calibrated(bias=[0.1, -1.0]), "gamma"),
-    # Open: these two, and averages over experts that the model does not have.
     "calibrated bias that becomes infinite": (calibrated(bias=[-1e300, -1.0]), "gamma"),
     "calibrated bias beyond every float": (calibrated(bias=[-(10**400), -1.0]), "gamma"),
     "calibrated bias for another number of layers": (calibrated(bias=[-1.0] * 3), "gamma"),
@@ -448,7 +446,6 @@ MARGINS = {"quantiles": [0.1, 0.5, 0.9], "values": [[-2.5, 0.25, 3.0], [-1.0, 0.
 HONEST = {  # name of the expert, how it is written, what is done to the directory
     "as trained": ("alpha", {}, None),
     "bfloat16": ("alpha", {"expert": cast(ml_dtypes.bfloat16)}, None),
-    # Open: half precision holds subnormal numbers as a matter of course, and is refused for them.
     "float16": ("alpha", {"expert": with_a_small_number(cast(np.float16))}, None),
     "narrow": ("beta", {}, None),
     "low rank": ("delta", {}, None),

@@ -113,7 +113,7 @@ def test_the_report_says_what_and_why(home, tmp_path):
         "beta",
         store.open_anchor(home / "anchor"),
         data={"licence": "MIT"},
-        privacy={"dp": "dp-sgd", "epsilon": 2.0},
+        privacy={"dp": "dp-sgd", "epsilon": 2.0, "delta": 1e-5},
     )
     merging.create(
         tmp_path / "model", home / "anchor", [home / "alpha", tmp_path / "beta", home / "delta"], 4,

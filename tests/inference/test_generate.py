@@ -9,7 +9,7 @@ import pytest
 
 from flexjax import config as config_lib
 from flexjax.data import tokenizer as tokenizer_lib
-from flexjax.experts import models, store, surgery
+from flexjax.experts import models, publishing, store, surgery
 from flexjax.inference import decode
 from flexjax.model import transformer
 from tests.model import noise
@@ -29,11 +29,11 @@ def model(tmp_path_factory):
     banks = (*transformer.dense_banks(config), config_lib.Bank("w12", ("alpha", "beta"), 12))
     params = noise.params(transformer.Architecture(config, banks, 2))
     shared, experts = surgery.split(params, banks)
-    anchor = store.write_anchor(
+    anchor = publishing.write_anchor(
         home / "anchor", config, home / "tokenizer.model",
         lambda writer: writer.put_tree({**shared, "expert": experts["public"]}), rows="random", training={},
     )  # fmt: skip
-    bundles = {name: store.write_bundle(home / name, name, anchor, experts[name], {}) for name in ("alpha", "beta")}
+    bundles = {name: publishing.write_bundle(home / name, name, anchor, experts[name], {}) for name in ("alpha", "beta")}
     models.write_model(home / "model", anchor, bundles, top_k=2)
     return home
 

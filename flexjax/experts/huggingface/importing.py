@@ -13,7 +13,7 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors, storage, tree, workdir
-from flexjax.experts import copying, models, slices, store
+from flexjax.experts import copying, models, publishing, slices, store
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts.huggingface import config as huggingface_config
 from flexjax.experts.huggingface import links
@@ -50,7 +50,7 @@ def import_folder(source: epath.PathLike, target: epath.PathLike, names: Sequenc
             _put(writer, places, 0)
             writer.put(links.ROW, row.dtype.name, row.shape, [row])
 
-        anchor = store.write_anchor(
+        anchor = publishing.write_anchor(
             home / "anchor" if described.experts > 1 else home,
             config,
             tokenizer,
@@ -154,7 +154,7 @@ def _write_expert(
         writer.put(links.ROW, row.dtype.name, row.shape, [row])
         writer.put(links.BIAS, "float32", (config.num_layers,), [np.zeros(config.num_layers, np.float32)])
 
-    bundle = store.stream_bundle(home / "experts" / "incoming", name, anchor, config.d_ff, put, training)
+    bundle = publishing.stream_bundle(home / "experts" / "incoming", name, anchor, config.d_ff, put, training)
     final = home / "experts" / bundle.manifest["digest"]
     if not workdir.is_local(home):
         copying.copy(bundle, final)
