@@ -9,6 +9,7 @@ size of the model. Prints one JSON row a line.
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -39,8 +40,10 @@ def main() -> None:
     )
     names = [f"e{number:02d}" for number in range(settings.experts)]
     parts, model = home / "parts", home / "model"
-    if not parts.exists():
-        write_parts(parts, config, [*names, "new"])
+    if not parts.exists():  # in a process of its own, whose memory is not taken for that of the commands
+        writer = multiprocessing.get_context("spawn").Process(target=write_parts, args=(parts, config, [*names, "new"]))
+        writer.start()
+        writer.join()
     shutil.rmtree(model, ignore_errors=True)
     machine = throughput.machine()
     experts = [f"--expert={parts / name}" for name in names]

@@ -28,7 +28,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from flexjax import command, errors, storage, workdir
+from flexjax import command, errors, memory, storage, workdir
 from flexjax import config as config_lib
 from flexjax.data import corpus, tokens
 from flexjax.data import tokenizer as tokenizer_lib
@@ -48,23 +48,15 @@ from flexjax.governance import (
     signatures,
 )
 
-MODEL = flags.DEFINE_string(
-    "model", None, "The merged model; verify, show, diff, sign and card also take an anchor or a bundle."
-)
+MODEL = flags.DEFINE_string("model", None, "The merged model; some verbs also take an anchor or a bundle, see above.")
 ANCHOR = flags.DEFINE_string("anchor", None, "The anchor that all experts were trained beside.")
 EXPERT = flags.DEFINE_multi_string("expert", [], "A bundle; repeat the flag, in any order.")
 NAME = flags.DEFINE_string("name", None, "remove: the expert to remove.")
-OUT = flags.DEFINE_string(
-    "out", None, "remove: write the smaller model here and leave --model as it is; certify, compress: what is written."
-)
+OUT = flags.DEFINE_string("out", None, "remove: leave --model as it is and write here; certify, compress: what is written.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Experts per token; default all, but at most 4; add and replace keep the model's.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what would happen.")
-POLICY = flags.DEFINE_string(
-    "anchor_policy", "strict", "Shared leaves that a bundle carries: strict refuses, report leaves out, average."
-)
-TRUSTED_KEYS = flags.DEFINE_string(
-    "trusted_keys", None, "JSON file that says which key may sign which expert; nothing else is let in."
-)
+POLICY = flags.DEFINE_string("anchor_policy", "strict", "Shared leaves in bundles: strict refuses, report leaves out, average.")
+TRUSTED_KEYS = flags.DEFINE_string("trusted_keys", None, "JSON: which key may sign which expert; nothing else is let in.")
 READ_CONTENT = flags.DEFINE_bool("read_content", False, "From bucket to bucket, read every byte before the store copies it.")
 ALLOW_OLDER = flags.DEFINE_bool("allow_older", False, "replace: a bundle of a lower version than the one in the model.")
 ROUTER = flags.DEFINE_bool("router", False, "verify: also whether each expert's router row does what honest ones do.")
@@ -73,14 +65,11 @@ KEY = flags.DEFINE_string("key", None, "File of a private Ed25519 key; keygen ma
 REMOVED = flags.DEFINE_string("removed", None, "certify: the expert that left.")
 DATA = flags.DEFINE_string("data", None, "calibrate: public text, .jsonl or .jsonl.gz.")
 SHARE = flags.DEFINE_float("share", calibration.SHARE, "calibrate: what an expert may take of public text beside public alone.")
-JOINTLY = flags.DEFINE_bool(
-    "jointly", False, "calibrate: fit all experts together, to --share for all; ties them to each other."
-)
-IGNORE_MARGINS = flags.DEFINE_bool(
-    "ignore_margins", False, "calibrate: lower biases even where owners' margins speak against it."
-)
+JOINTLY = flags.DEFINE_bool("jointly", False, "calibrate: fit all together, to --share for all; ties them to each other.")
+IGNORE_MARGINS = flags.DEFINE_bool("ignore_margins", False, "calibrate: lower biases against owners' margins too.")
 REVERT = flags.DEFINE_bool("revert", False, "calibrate: back to the owners' own biases.")
 VALIDATION = flags.DEFINE_list("validation", [], "calibrate, compress: NAME=PATH, text on which before and after are scored.")
+MAX_KILOBYTES = flags.DEFINE_integer("max_kilobytes", 256, "Of each text of --validation, from its beginning; 0: all.")
 RANK = flags.DEFINE_integer("rank", None, "compress: rank of the delta to the public expert.")
 WIDTH = flags.DEFINE_integer("width", None, "compress: hidden units that are kept.")
 JSON = flags.DEFINE_bool("json", False, "Print the result as one JSON object, last on stdout.")
@@ -90,6 +79,7 @@ SHOWN = ("steps", "tokens", "flops")
 
 def main(argv: list[str]) -> None:
     """Runs one verb."""
+    memory.keep_freed()
     if len(argv) != 1 or argv[0] not in VERBS:
         raise errors.ConfigError(f"give one of {', '.join(VERBS)}; for instance: merge show --model=DIR")
     verb, needed = VERBS[argv[0]]
@@ -206,8 +196,8 @@ def show() -> dict[str, Any]:
         print(f"{model.directory}: top_k {model.manifest['top_k']}, tree digest {model.tree_digest}")
     for artefact in artefacts:
         manifest = artefact.manifest
-        shown = {key: value for key, value in sorted(manifest.get("training", {}).items()) if key in SHOWN}
-        facts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()]
+        training = manifest.get("training", {})
+        facts = [f"{key} {training[key]:.4g}" for key in SHOWN if key in training]
         if manifest["kind"] == "expert":
             size = f"rank {manifest['rank']}" if manifest["rank"] else f"width {manifest['d_ff']}"
             facts += [size, f"version {manifest['version']}", f"owner {manifest['owner'] or 'not stated'}"]
@@ -284,7 +274,8 @@ def calibrate() -> dict[str, Any]:
         if texts:
             plain = dataclasses.replace(model, manifest=model.manifest | {"calibration": {}})
             biases = {name: fit.bias for name, fit in fits.items()}
-            result["confusion"] = calibration.confusion(*models.load(plain), biases, texts, seq_len=seq_len)
+            limit = MAX_KILOBYTES.value * 1000
+            result["confusion"] = calibration.confusion(*models.load(plain), biases, texts, seq_len=seq_len, max_bytes=limit)
             print(calibration.confusion_table(result["confusion"]))
     if DRY_RUN.value:
         print("dry run: nothing was written")
@@ -305,7 +296,8 @@ def compress() -> dict[str, Any]:
     if texts:
         small = store.open_bundle(OUT.value, store.config_of(anchor))
         report["evaluation"] = {
-            side: compression.score(anchor, found, texts) for side, found in {"before": bundle, "after": small}.items()
+            side: compression.score(anchor, found, texts, max_bytes=MAX_KILOBYTES.value * 1000)
+            for side, found in {"before": bundle, "after": small}.items()
         }
     print(compression.table(report))
     return report
