@@ -1,9 +1,13 @@
-"""What merging costs: a model in real 7B layer shapes, merged, grown and shrunk, beside a plain copy and plain hashing.
+"""What merging costs, and what an expert of each size does: one JSON row a line.
 
 python -m benchmarks.merge --directory=DIR [--layers=5] [--experts=4] >> benchmarks/results/merge.jsonl
+python -m benchmarks.merge --directory=DIR --sizes >> benchmarks/results/merge.jsonl
 
-Weights are seeded random bytes of bfloat16. Every figure is of one run with a cold page cache; DIR needs three times the
-size of the model. Prints one JSON row a line.
+The first merges a model in real 7B layer shapes, grows and shrinks it, beside a plain copy and plain hashing. Weights are
+seeded random bytes of bfloat16. Every figure is of one run with a cold page cache; DIR needs three times the size of the model.
+
+The second trains a full expert, one of half the width and low-rank ones beside one anchor (d_model 256, d_ff 704, 4 layers,
+built-in corpus) by the main job, and times their steps.
 """
 
 import argparse
@@ -24,8 +28,8 @@ import numpy as np
 
 from benchmarks import throughput
 from flexjax import config as config_lib
-from flexjax import tree, workdir
-from flexjax.experts import publishing, schema, slices
+from flexjax import presets, tree, workdir
+from flexjax.experts import publishing, schema, slices, store
 
 
 def main() -> None:
@@ -33,12 +37,21 @@ def main() -> None:
     parser.add_argument("--directory", required=True)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--sizes", action="store_true")
     settings = parser.parse_args()
     home = pathlib.Path(settings.directory)
+    if settings.sizes:
+        sizes(home)
+    else:
+        surgery(home, settings.layers, settings.experts)
+
+
+def surgery(home: pathlib.Path, layers: int, experts: int) -> None:
+    """One row for each operation."""
     config = config_lib.ModelConfig(
-        vocab_size=100_352, d_model=4096, num_layers=settings.layers, num_heads=32, num_kv_heads=32, head_dim=128, d_ff=11_008
+        vocab_size=100_352, d_model=4096, num_layers=layers, num_heads=32, num_kv_heads=32, head_dim=128, d_ff=11_008
     )
-    names = [f"e{number:02d}" for number in range(settings.experts)]
+    names = [f"e{number:02d}" for number in range(experts)]
     parts, model = home / "parts", home / "model"
     if not parts.exists():  # in a process of its own, whose memory is not taken for that of the commands
         writer = multiprocessing.get_context("spawn").Process(target=write_parts, args=(parts, config, [*names, "new"]))
@@ -46,13 +59,13 @@ def main() -> None:
         writer.join()
     shutil.rmtree(model, ignore_errors=True)
     machine = throughput.machine()
-    experts = [f"--expert={parts / name}" for name in names]
+    given = [f"--expert={parts / name}" for name in names]
     merged = [parts / "anchor", *(parts / name for name in names)]
     size = sum(file.stat().st_size for part in merged for file in part.rglob("*") if file.is_file())
     rows = [
         {"what": "copy", **cold(merged, lambda: copy(merged, home / "copy"))},
         {"what": "sha256", **cold(merged, lambda: hash_all(merged))},
-        {"what": "merge create", **cold(merged, lambda: merge("create", model, f"--anchor={parts / 'anchor'}", *experts))},
+        {"what": "merge create", **cold(merged, lambda: merge("create", model, f"--anchor={parts / 'anchor'}", *given))},
     ]
     baseline = max(rows[0]["seconds"], rows[1]["seconds"])
     for row in rows:
@@ -64,7 +77,7 @@ def main() -> None:
     rows.append({"what": "merge remove", "bytes": small, **cold([], lambda: merge("remove", model, "--name=new"))})
     rows.append({"what": "merge verify", "bytes": size, **cold([model], lambda: merge("verify", model))})
     for row in rows:
-        print(json.dumps(row | {"layers": settings.layers, "experts": settings.experts} | machine), flush=True)
+        print(json.dumps(row | {"layers": layers, "experts": experts} | machine), flush=True)
     shutil.rmtree(model)
 
 
@@ -137,6 +150,40 @@ def merge(verb: str, model: pathlib.Path, *flags: str) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"merge {verb} ended with {process.returncode}")
     return {"peak_rss_mb": usage.ru_maxrss / 1e3, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+
+
+SHAPES = {"d_model": 256, "d_ff": 704, "num_heads": 8, "num_kv_heads": 8, "head_dim": 32}
+FORMS = {
+    "full": ("full", 0, 0),
+    "half width": ("full", 352, 0),
+    "rank 256": ("low_rank", 0, 256),
+    "rank 64": ("low_rank", 0, 64),
+    "rank 16": ("low_rank", 0, 16),
+}
+
+
+def sizes(home: pathlib.Path) -> None:
+    """One row for each form of an expert: state, bytes, FLOPs, time and quality."""
+    machine = throughput.machine()
+    for name, (kind, d_ff, rank) in FORMS.items():
+        directory = home / name.replace(" ", "-")
+        form = [f"--config.expert.{field}={value}" for field, value in {"kind": kind, "d_ff": d_ff, "rank": rank}.items()]
+        shapes = [f"--config.model.{field}={value}" for field, value in SHAPES.items()]
+        steps = ["--config.anchor.train.steps=700", "--config.train.steps=250"]
+        anchor = home / "full" / "public" / "anchor"
+        given = [f"--config.anchor.path={anchor}"] if anchor.exists() else []
+        job = [sys.executable, "-m", "flexjax.main", "--config=configs/math_expert.py", f"--workdir={directory}"]
+        subprocess.run([*job, *form, *shapes, *steps, *given], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        bundle = store.open_bundle(directory / "expert", store.config_of(store.open_anchor(anchor)))
+        config = presets.base("quickstart")
+        config.phase, config.train = "expert", presets.expert_training("quickstart")
+        for field, value in SHAPES.items():
+            setattr(config.model, field, value)
+        config.expert.kind, config.expert.d_ff, config.expert.rank = kind, d_ff, rank
+        row: dict[str, Any] = {"what": f"expert, {name}", **throughput.step(config), "bundle_bytes": bundle.nbytes}
+        for domain, score in bundle.manifest["evaluation"].items():
+            row |= {f"{domain} bits per byte": score["bits_per_byte"], f"{domain} anchor": score["anchor"]}
+        print(json.dumps(row | machine), flush=True)
 
 
 if __name__ == "__main__":

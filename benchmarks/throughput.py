@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from flexjax import checkpoint, jobs, memory, presets, sharding, tree
 from flexjax import config as config_lib
-from flexjax import memory, presets, sharding
 from flexjax.data import sources
-from flexjax.experts import surgery
 from flexjax.model import transformer
 from flexjax.train import flops, metrics, program
 
@@ -56,14 +55,15 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 def training(phase: str, peak: float) -> dict[str, Any]:
     """One training step of the quickstart on random tokens."""
     config = presets.base("quickstart")
-    public = transformer.dense_banks(config.model)
-    if phase == "public":
-        architecture, settings = transformer.Architecture(config.model, public), config.anchor.train
-    else:
-        bank = config_lib.Bank("math", ("math",), config.model.d_ff)
-        architecture = surgery.architecture(config.model, (*public, bank), top_k=2)
-        settings = presets.expert_training("quickstart")
-        settings.trainable = "experts/math/.*"
+    config.phase, config.train = phase, config.anchor.train if phase == "public" else presets.expert_training("quickstart")
+    row = step(config)
+    return {"what": f"train/{phase}", **row, "mfu": row["gflops"] * 1e12 / row["ms"] / peak}
+
+
+def step(config: config_lib.Config) -> dict[str, Any]:
+    """A training step of a job on random tokens: what is trained, what it costs, and how long it takes."""
+    config_lib.resolve(config)
+    architecture, settings = jobs.architecture(config), config.train
     choices, mesh = config_lib.MeshConfig(), sharding.one_device()
     job = program.Program(architecture, settings, mesh, choices, config.data.seq_len)
     shape = (settings.batch_size, config.data.seq_len)
@@ -78,14 +78,14 @@ def training(phase: str, peak: float) -> dict[str, Any]:
         jax.block_until_ready(holder[0])
 
     wall, cpu = timed(once)
-    cost = flops.per_token(architecture, state.trainable, config.data.seq_len).total
-    tokens = ids.size / wall
+    cost = flops.per_token(architecture, job.state.trainable, config.data.seq_len).total
     return {
-        "what": f"train/{phase}",
+        "trainable": tree.count(job.state.trainable),
+        "optimizer_bytes": checkpoint.size(job.state.optimizer),
+        "gflops": cost * ids.size / 1e9,
         "ms": wall * 1e3,
         "cpu_ms": cpu * 1e3,
-        "tokens_per_second": tokens,
-        "mfu": tokens * cost / peak,
+        "tokens_per_second": ids.size / wall,
     }
 
 

@@ -16,9 +16,10 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from flexjax import errors, workdir
+from flexjax import errors, storage, workdir
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+MAX_BYTES = 2**28
 HUGGING_FACE_FILE = "tokenizer.json"
 
 _THREADS = 2
@@ -176,7 +177,7 @@ def _groups(parts: Iterable[str]) -> Iterator[list[str]]:
 def model_file(path: epath.PathLike) -> epath.Path:
     """Returns the path of a `.model` or `.json` file, or the one of either in a directory; raises ConfigError."""
     path = epath.Path(path)
-    if path.is_dir():
+    if workdir.is_local(path) and path.is_dir():
         found = [path / name for name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE) if (path / name).exists()]
         if len(found) != 1:
             raise errors.ConfigError(
@@ -198,11 +199,15 @@ def load(path: epath.PathLike) -> Tokenizer:
     kinds: dict[str, type[Tokenizer]] = {".model": SentencePiece, ".json": HuggingFace}
     if path.suffix not in kinds:
         raise errors.ConfigError(f"{path}: a tokenizer is a .model or .json file; set data.tokenizer")
+    return _checked(kinds[path.suffix], read(path), str(path))
+
+
+def read(path: epath.Path) -> bytes:
+    """The bytes of a tokenizer file; raises ConfigError if it cannot be read."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes() if workdir.is_local(path) else storage.read_small(path, MAX_BYTES)
     except OSError:
         raise errors.ConfigError(f"{path}: no such tokenizer; set data.tokenizer") from None
-    return _checked(kinds[path.suffix], content, str(path))
 
 
 def _checked(kind: type[Tokenizer], content: bytes, name: str) -> Tokenizer:

@@ -52,7 +52,7 @@ def copy(artefact: store.Artefact, target: epath.Path, read_content: bool = Fals
             if read:
                 artefact.check_magnitude(path, magnitude)
     for name in store.tokenizer_files(artefact.manifest):
-        storage.write(home / name, [store.tokenizer_path(artefact).read_bytes()])
+        storage.write(home / name, [store.tokenizer_bytes(artefact)])
     if storage.exists(artefact.directory / manifest_lib.SIGNATURE):
         storage.write(
             home / manifest_lib.SIGNATURE, [storage.read_small(artefact.directory / manifest_lib.SIGNATURE, SIGNATURE_BYTES)]

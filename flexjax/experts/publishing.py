@@ -8,6 +8,7 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import distributed, errors, storage, tree
+from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import provenance as provenance_lib
 from flexjax.experts import slices, store, surgery
@@ -30,7 +31,7 @@ def write_anchor(
     tokenizer = None
     if tokenizer_file is not None:
         source = epath.Path(tokenizer_file)
-        data = source.read_bytes()
+        data = tokenizer_lib.read(source)
         name = f"tokenizer{source.suffix}"
         if name not in store.TOKENIZER_FILES:
             raise errors.ConfigError(f"{source} is no tokenizer; give a .model or .json file")

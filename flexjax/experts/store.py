@@ -21,7 +21,6 @@ from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import schema, slices
 
 TOKENIZER_FILES = (tokenizer_lib.SENTENCEPIECE_FILE, tokenizer_lib.HUGGING_FACE_FILE)
-TOKENIZER_BYTES = 2**28
 ROUTER = "expert/router/"
 
 
@@ -118,7 +117,7 @@ class Artefact:
             if storage.read(self.directory / "tensors" / path / "zarr.json", len(metadata), self.directory) != metadata:
                 raise errors.IntegrityError(f"{self.directory}/tensors/{path}/zarr.json does not describe the tensor; refused")
         if tokenizer_files(self.manifest):
-            tokenizer_path(self)
+            tokenizer_bytes(self)
         check_listing(self.directory, storage.files(self.directory), self.files(), self.label)
 
     def zarr_metadata(self, path: str) -> bytes:
@@ -199,7 +198,13 @@ def config_of(anchor: Artefact) -> config_lib.ModelConfig:
 
 
 def tokenizer_path(anchor: Artefact) -> epath.Path:
-    """The anchor's tokenizer file, after its digest was compared.
+    """The anchor's tokenizer file, after its digest was compared; raises as `tokenizer_bytes`."""
+    tokenizer_bytes(anchor)
+    return anchor.directory / anchor.manifest["tokenizer"]["file"]
+
+
+def tokenizer_bytes(anchor: Artefact) -> bytes:
+    """The bytes of the anchor's tokenizer file.
 
     Raises:
       ConfigError: the anchor was imported without one.
@@ -212,9 +217,10 @@ def tokenizer_path(anchor: Artefact) -> epath.Path:
             "add tokenizer.json to that folder and import it again"
         )
     path = anchor.directory / entry["file"]
-    if tree.sha256(storage.read_small(path, TOKENIZER_BYTES)) != entry["digest"]:
+    data = storage.read_small(path, tokenizer_lib.MAX_BYTES)
+    if tree.sha256(data) != entry["digest"]:
         raise errors.IntegrityError(f"{path} is not the tokenizer that the anchor was trained with; restore it")
-    return path
+    return data
 
 
 def _check_tokenizer_entry(anchor: Artefact) -> None:

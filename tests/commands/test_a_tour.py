@@ -59,7 +59,8 @@ def tour(home: pathlib.Path, short: bool) -> dict[str, str]:
 
 
 def check(printed: dict[str, str]) -> None:
-    digests = [re.search(r"tree digest (\w{64})", out) for line, out in printed.items() if "merge create --model=runs/merged" in line]
+    create = "merge create --model=runs/merged"
+    digests = [re.search(r"tree digest (\w{64})", out) for line, out in printed.items() if create in line]
     assert len(digests) == 2
     assert digests[0] and digests[1] and digests[0][1] == digests[1][1], "the order of --expert must not matter"
     merged_by_main = [out for line, out in printed.items() if "merge show --model=runs/math_expert" in line]

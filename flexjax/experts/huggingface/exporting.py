@@ -16,6 +16,7 @@ from etils import epath
 from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.data import tokenizer as tokenizer_lib
+from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store
 from flexjax.experts.huggingface import biasless, expansion, links
 from flexjax.experts.huggingface import config as huggingface_config
@@ -48,7 +49,7 @@ class _Source:
 
 def _open(directory: epath.PathLike) -> _Source:
     home = epath.Path(directory)
-    if not (home / "anchor").exists():
+    if manifest_lib.kind(home) == "anchor":
         return _Source(store.open_anchor(home), {}, 1, mixture=False, calibrated=[])
     model = models.effective(models.open_model(home))
     return _Source(model.anchor, model.bundles, model.manifest["top_k"], True, sorted(model.manifest["calibration"]))
@@ -219,8 +220,7 @@ def _token_ids(anchor: store.Artefact) -> dict[str, Any]:
 
 def _copy_tokenizer(anchor: store.Artefact, home: epath.Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Copies the tokenizer; for a `tokenizer.json`, returns the config by which transformers loads it."""
-    path = store.tokenizer_path(anchor)
-    data = path.read_bytes()
+    path, data = anchor.directory / anchor.manifest["tokenizer"]["file"], store.tokenizer_bytes(anchor)
     (home / path.name).write_bytes(data)
     if path.suffix != ".json":
         return {}
