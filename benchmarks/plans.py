@@ -66,6 +66,12 @@ SMALLEST = [
     _plan(EXPERT, "math_expert", "v6e:2x2", {"fsdp": 4}, 256),
     _plan(EXPERT, "math_expert", "v5p:2x2x1", {"fsdp": 4}, 128),
 ]
+LOW_RANK = ("--config.expert.kind=low_rank",)
+SMALL = [  # the fewest chips on which an owner trains a low-rank 7B expert
+    _plan(f"2x7B expert of rank {rank}", "math_expert", topology, mesh, accumulation, *LOW_RANK, f"--config.expert.rank={rank}")
+    for rank in (64, 256)
+    for topology, mesh, accumulation in (("v6e:1x1", {"fsdp": 1}, 1024), ("v5e:2x2", {"fsdp": 4}, 256))
+]
 GROWTH = [  # with layers, then with devices; the 32-layer plan on 256 chips belongs to both
     dataclasses.replace(_plan(EXPERT, "math_expert", V5E, {"fsdp": 256}, 4, f"--config.model.num_layers={layers}"), name=name)
     for layers in (8, 16)
@@ -83,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="plans whose name contains this")
     only = parser.parse_args().only
-    for plan in MAIN + SMALLEST + GROWTH:
+    for plan in MAIN + SMALLEST + SMALL + GROWTH:
         if only in plan.name:
             print(f"{plan.name}: python -m flexjax.plan {' '.join(plan.command)}", file=sys.stderr, flush=True)
             done = subprocess.run([sys.executable, "-m", "flexjax.plan", *plan.command], stdout=subprocess.DEVNULL, check=False)
@@ -92,6 +98,7 @@ def main() -> None:
     page = [f"# Plans of the 7B jobs\n\n{INTRODUCTION}"]
     page += ["\n## The paper's jobs on 256 v5e and 128 v5p chips\n", *_table(MAIN)]
     page += ["\n## The smallest slice on which an owner can train a full 7B expert\n", *_table(SMALLEST)]
+    page += ["\n## The smallest slices for low-rank 7B experts\n", *_table(SMALL)]
     page += ["\n## How memory and compile time grow with layers and chips\n", *_growth()]
     page += ["\n## The formulas of `--analytic` and `--search` beside the compiler\n", *_formulas()]
     (HOME / "README.md").write_text("\n".join(page) + "\n")
@@ -172,7 +179,7 @@ def _growth() -> list[str]:
 
 def _formulas() -> list[str]:
     body = []
-    for plan in MAIN + SMALLEST:
+    for plan in MAIN + SMALLEST + SMALL:
         if (found := _saved(plan)) is None:
             continue
         arguments = [part for part in plan.command if not part.startswith("--report")]

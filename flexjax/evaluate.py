@@ -15,7 +15,6 @@ from etils import epath
 
 from flexjax import command, distributed, errors, hosts, memory, sharding
 from flexjax import config as config_lib
-from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.data import tokens
 from flexjax.eval import bits_per_byte
 from flexjax.experts import models, store
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> None:
     seq_len = SEQ_LEN.value or anchor.manifest["training"].get("seq_len", DEFAULT_SEQ_LEN)
     if type(seq_len) is not int or not 0 < seq_len <= 2**24:
         raise errors.IntegrityError(f"{anchor.label} states seq_len {str(seq_len)[:20]}; pass --seq_len")
-    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
+    tokenizer = store.tokenizer(anchor)
     scorer = bits_per_byte.Scorer(architecture, params, seq_len, BATCH_SIZE.value, mesh=mesh)
     data = config_lib.DataConfig(text_field=TEXT_FIELD.value, token_dtype=TOKEN_DTYPE.value)
     show = functools.partial(print, flush=True) if distributed.is_main() else lambda _: None

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from absl import flags
 
 from flexjax import command, errors
-from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import models, store
 from flexjax.inference import access, decode
 
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> None:
     decision = access.admit(model, EXPERTS.value, POLICY.value, USER.value, DECISION_LOG.value)
     allowed = EXPERTS.value if decision is None else decision.granted
     architecture, params = models.load_any(model)
-    tokenizer = tokenizer_lib.load(store.tokenizer_path(model.anchor))
+    tokenizer = store.tokenizer(model.anchor)
     request = decode.Request(
         prompt=tokenizer.encode(_text(PROMPT.value)).tolist(),
         experts=None if allowed is None else tuple(allowed),

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from flexjax import command, comparison, distributed, errors, hosts, jobs, memory, report, sharding, stages, workdir
+from flexjax import command, comparison, distributed, errors, hosts, jobs, memory, report, sharding, stages, statement, workdir
 from flexjax import config as config_lib
 from flexjax.data import sources
 from flexjax.experts import manifest, models, store
@@ -67,6 +67,8 @@ def check(config: Any, file: str) -> config_lib.Config:
     names = {"expert": (config.expert.name,), "joint": config.mixture.experts}.get(config.phase, ())
     for name in names:
         manifest.check_name(name)
+    if config.phase == "expert":
+        statement.check(config.statement)
     if config.phase == "joint" and not 0 < len(set(names)) == len(names):
         raise errors.ConfigError(f"config.mixture.experts is {names}, expected at least one name, and each once")
     if config.phase == "router" and not config.mixture.model_path:

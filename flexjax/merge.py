@@ -5,6 +5,7 @@ python -m flexjax.merge add     --model=DIR --expert=DIR [--expert=DIR ...] [--d
 python -m flexjax.merge replace --model=DIR --expert=DIR [--allow_older] [--dry_run]
 python -m flexjax.merge remove  --model=DIR --name=NAME [--out=DIR] [--dry_run]
 python -m flexjax.merge verify  --model=DIR [--trusted_keys=FILE] [--router]   (a model, an anchor or a bundle)
+python -m flexjax.merge verify  --certificate=FILE [--model=DIR] [--trusted_keys=FILE]
 python -m flexjax.merge show    --model=DIR
 python -m flexjax.merge diff    --model=DIR --other=DIR                        (two models, anchors or bundles)
 python -m flexjax.merge log     --model=DIR
@@ -12,7 +13,7 @@ python -m flexjax.merge revert  --model=DIR [--expert=DIR ...]
 python -m flexjax.merge keygen  --key=FILE
 python -m flexjax.merge sign    --model=DIR --key=FILE                         (a model, an anchor or a bundle)
 python -m flexjax.merge card    --model=DIR                                    (a model, an anchor or a bundle)
-python -m flexjax.merge certify --model=DIR --removed=NAME [--expert=DIR ...] [--key=FILE] [--out=FILE]
+python -m flexjax.merge certify --model=DIR --removed=NAME [--expert=DIR ...] [--former=DIR] [--key=FILE] [--out=FILE]
 python -m flexjax.merge calibrate --model=DIR --data=PATH [--share=S] [--jointly] [--validation=NAME=PATH,...]  (or --revert)
 python -m flexjax.merge compress  --anchor=DIR --expert=DIR --out=DIR --rank=R | --width=F [--validation=NAME=PATH,...]
 
@@ -46,6 +47,7 @@ from flexjax.governance import (
     layerwise,
     merging,
     signatures,
+    verification,
 )
 
 MODEL = flags.DEFINE_string("model", None, "The merged model; some verbs also take an anchor or a bundle, see above.")
@@ -63,6 +65,8 @@ ROUTER = flags.DEFINE_bool("router", False, "verify: also whether each expert's 
 OTHER = flags.DEFINE_string("other", None, "diff: what --model is compared with.")
 KEY = flags.DEFINE_string("key", None, "File of a private Ed25519 key; keygen makes it.")
 REMOVED = flags.DEFINE_string("removed", None, "certify: the expert that left.")
+FORMER = flags.DEFINE_string("former", None, "certify, after remove --out: the model that the expert left.")
+CERTIFICATE = flags.DEFINE_string("certificate", None, "verify: a certificate; with --model, whether it is of that model.")
 DATA = flags.DEFINE_string("data", None, "calibrate: public text, .jsonl or .jsonl.gz.")
 SHARE = flags.DEFINE_float("share", calibration.SHARE, "calibrate: what an expert may take of public text beside public alone.")
 JOINTLY = flags.DEFINE_bool("jointly", False, "calibrate: fit all together, to --share for all; ties them to each other.")
@@ -82,7 +86,12 @@ def main(argv: list[str]) -> None:
     memory.keep_freed()
     if len(argv) != 1 or argv[0] not in VERBS:
         raise errors.ConfigError(f"give one of {', '.join(VERBS)}; for instance: merge show --model=DIR")
-    verb, needed = VERBS[argv[0]]
+    verb, needed, optional = VERBS[argv[0]]
+    module = flags.FLAGS.find_module_defining_flag(DRY_RUN.name)
+    for flag in sorted(flag.name for flag in flags.FLAGS.get_key_flags_for_module(module) if flag.present):
+        if flag not in (*needed, *optional.split(), JSON.name):
+            takes = ", ".join(f"--{name}" for name in (*needed, *optional.split()))
+            raise errors.ConfigError(f"{argv[0]} does not take --{flag}, only {takes}; leave it out")
     for holder, example in needed.items():
         if not flags.FLAGS[holder].value:
             also = ", ".join(f"--{flag}={word}" for flag, word in needed.items())
@@ -125,8 +134,7 @@ def _operate(operation: Callable[[merging.Terms], models.Model | None]) -> dict[
         said["report"] = [dataclasses.asdict(row) for row in rows]
         print(compatibility.table(rows))
 
-    trust = None if TRUSTED_KEYS.value is None else signatures.load_trust(TRUSTED_KEYS.value)
-    before = storage.traffic()
+    trust, before = _trust(), storage.traffic()
     try:
         model = operation(merging.Terms(POLICY.value, trust, READ_CONTENT.value, announce, DRY_RUN.value))
     except errors.FlexjaxError as error:
@@ -160,24 +168,16 @@ def remove() -> dict[str, Any]:
 
 def verify() -> dict[str, Any]:
     """Reads every byte of a model, an anchor or a bundle against its manifest, and says who vouches for it."""
-    home = epath.Path(MODEL.value)
-    model, artefacts = _open(home)
-    trust = None if TRUSTED_KEYS.value is None else signatures.load_trust(TRUSTED_KEYS.value)
-    said: dict[str, Any] = {"sound": True, "digests": {}, "signatures": {}}
-    for artefact in artefacts:
-        artefact.verify()
-        digest, kind, vouched = artefact.manifest["digest"], artefact.manifest["kind"], "made by this model"
-        if kind != "shared":
-            card.check(artefact.directory)
-            asked = trust if kind == "expert" or model is None else None
-            vouched = signatures.check(artefact.directory, artefact.manifest, asked).text
-        print(f"{artefact.label}: {len(artefact.manifest['tensors'])} tensors sound, digest {digest}; {vouched}")
-        said["digests"][artefact.label], said["signatures"][artefact.label] = digest, vouched
-    if model is not None:
-        models.check_listing(model)
-        card.check(home)
-        said |= {"tree_digest": model.tree_digest, "signature": signatures.check(home, model.manifest, None).text}
-        print(f"{home}: tree digest {model.tree_digest}; {said['signature']}")
+    trust = _trust()
+    if not MODEL.value and not CERTIFICATE.value:
+        raise errors.ConfigError("verify needs --model=DIR or --certificate=FILE")
+    if CERTIFICATE.value:
+        of = models.open_model(MODEL.value) if MODEL.value else None
+        proof = certificate.verify(CERTIFICATE.value, of, trust)
+        print(proof["text"])
+        return {"certificate": proof}
+    model, artefacts = verification.open_any(MODEL.value)
+    said = verification.verify(model, artefacts, trust)
     if ROUTER.value:
         if model is None:
             raise errors.ConfigError("--router looks at a merged model; give one as --model")
@@ -189,9 +189,13 @@ def verify() -> dict[str, Any]:
     return said
 
 
+def _trust() -> signatures.Trust | None:
+    return None if TRUSTED_KEYS.value is None else signatures.load_trust(TRUSTED_KEYS.value)
+
+
 def show() -> dict[str, Any]:
     """Prints what the manifests say."""
-    model, artefacts = _open(epath.Path(MODEL.value))
+    model, artefacts = verification.open_any(MODEL.value)
     if model is not None:
         print(f"{model.directory}: top_k {model.manifest['top_k']}, tree digest {model.tree_digest}")
     for artefact in artefacts:
@@ -243,7 +247,7 @@ def write_card() -> dict[str, Any]:
 
 def certify() -> dict[str, Any]:
     """Proves, as far as it can be proven, that an expert has left this copy of a model."""
-    made = certificate.certify(MODEL.value, str(REMOVED.value), EXPERT.value, KEY.value, OUT.value)
+    made = certificate.certify(MODEL.value, str(REMOVED.value), EXPERT.value, KEY.value, OUT.value, FORMER.value)
     print(certificate.text(made))
     return made
 
@@ -251,6 +255,9 @@ def certify() -> dict[str, Any]:
 def calibrate() -> dict[str, Any]:
     """Sets experts' biases from public text alone, or takes that back."""
     model = models.open_model(MODEL.value)
+    if REVERT.value and DRY_RUN.value:
+        print(f"dry run: the calibration of {', '.join(sorted(model.manifest['calibration'])) or 'nobody'} would be taken back")
+        return {}
     if REVERT.value:
         made = merging.calibrate(MODEL.value, {})
         print(f"{made.directory}: owners' own biases again; tree digest {made.tree_digest}")
@@ -260,17 +267,16 @@ def calibrate() -> dict[str, Any]:
     anchor = models.effective(model).anchor
     seq_len = anchor.manifest["training"].get("seq_len", compression.DEFAULT_SEQ_LEN)
     files = command.named_texts(VALIDATION.value, "validation")
-    how: dict[str, Any] = {"share": SHARE.value, "ignore_margins": IGNORE_MARGINS.value}
+    how: dict[str, Any] = {"together": JOINTLY.value, "ignore_margins": IGNORE_MARGINS.value}
     with tempfile.TemporaryDirectory() as cache:
         texts = {domain: _tokenize(anchor, domain, paths, cache) for domain, paths in files.items()}
         text = layerwise.sample(_tokenize(anchor, "data", corpus.expand(DATA.value, "", "data"), cache), seq_len=seq_len)
-        if JOINTLY.value:
-            fits = calibration.jointly(anchor, model.bundles, text, **how)
-        else:
-            bundles = sorted(model.bundles.items())
-            fits = {name: calibration.alone(anchor, bundle, text, **how) for name, bundle in bundles}
+        fits, tied = calibration.of_model(model, text, SHARE.value, **how)
         print(calibration.table(fits))
-        result: dict[str, Any] = {"fits": {name: fit.to_dict() for name, fit in fits.items()}}
+        if tied:
+            why = "fitted together" if JOINTLY.value else "fitted on leaves averaged over all"
+            print(f"{', '.join(tied)}: {why}, so none can be removed or replaced until calibrate --revert")
+        result: dict[str, Any] = {"with": tied, "fits": {name: fit.to_dict() for name, fit in fits.items()}}
         if texts:
             plain = dataclasses.replace(model, manifest=model.manifest | {"calibration": {}})
             biases = {name: fit.bias for name, fit in fits.items()}
@@ -280,8 +286,7 @@ def calibrate() -> dict[str, Any]:
     if DRY_RUN.value:
         print("dry run: nothing was written")
         return result
-    names = list(fits) if JOINTLY.value else []
-    entries = {name: calibration.entry(fit, SHARE.value, text.digest, names) for name, fit in fits.items()}
+    entries = {name: calibration.entry(fit, SHARE.value, text.digest, tied) for name, fit in fits.items()}
     made = merging.calibrate(MODEL.value, entries, model)
     print(f"{made.directory}: calibrated; tree digest {made.tree_digest}")
     return result | {"tree_digest": made.tree_digest}
@@ -289,6 +294,8 @@ def calibrate() -> dict[str, Any]:
 
 def compress() -> dict[str, Any]:
     """Makes a smaller expert of an expert, and says what that costs."""
+    if len(EXPERT.value) != 1:
+        raise errors.ConfigError(f"compress takes one expert at a time; --expert was given {len(EXPERT.value)} times")
     anchor = store.open_anchor(ANCHOR.value)
     bundle = store.open_bundle(EXPERT.value[0], store.config_of(anchor))
     texts = command.named_texts(VALIDATION.value, "validation")
@@ -309,32 +316,24 @@ def _tokenize(anchor: store.Artefact, domain: str, paths: list[epath.Path], cach
     return tokens.tokenize(paths, tokenizer, config_lib.DataConfig(), vocabulary, epath.Path(cache) / domain)
 
 
-def _open(directory: epath.Path) -> tuple[models.Model | None, list[store.Artefact]]:
-    kind = manifest_lib.kind(directory)
-    if kind == "anchor":
-        return None, [store.open_anchor(directory)]
-    if kind == "expert":
-        return None, [store.open_bundle(directory, None)]
-    model = models.open_model(directory)
-    return model, model.artefacts
-
-
-VERBS: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, str]]] = {  # each with the flags that it cannot do without
-    "create": (create, {"model": "DIR", "anchor": "DIR", "expert": "DIR"}),
-    "add": (add, {"model": "DIR", "expert": "DIR"}),
-    "replace": (replace, {"model": "DIR", "expert": "DIR"}),
-    "remove": (remove, {"model": "DIR", "name": "NAME"}),
-    "verify": (verify, {"model": "DIR"}),
-    "show": (show, {"model": "DIR"}),
-    "diff": (diff, {"model": "DIR", "other": "DIR"}),
-    "log": (log, {"model": "DIR"}),
-    "revert": (revert, {"model": "DIR"}),
-    "keygen": (keygen, {"key": "FILE"}),
-    "sign": (sign, {"model": "DIR", "key": "FILE"}),
-    "card": (write_card, {"model": "DIR"}),
-    "certify": (certify, {"model": "DIR", "removed": "NAME"}),
-    "calibrate": (calibrate, {"model": "DIR"}),
-    "compress": (compress, {"anchor": "DIR", "expert": "DIR", "out": "DIR"}),
+LETS_IN = "dry_run anchor_policy trusted_keys read_content"
+SCORES = "validation max_kilobytes"
+VERBS: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, str], str]] = {  # with the flags it needs, and others it takes
+    "create": (create, {"model": "DIR", "anchor": "DIR", "expert": "DIR"}, f"top_k {LETS_IN}"),
+    "add": (add, {"model": "DIR", "expert": "DIR"}, f"top_k {LETS_IN}"),
+    "replace": (replace, {"model": "DIR", "expert": "DIR"}, f"top_k allow_older {LETS_IN}"),
+    "remove": (remove, {"model": "DIR", "name": "NAME"}, "out dry_run"),
+    "verify": (verify, {}, "model certificate trusted_keys router"),
+    "show": (show, {"model": "DIR"}, ""),
+    "diff": (diff, {"model": "DIR", "other": "DIR"}, ""),
+    "log": (log, {"model": "DIR"}, ""),
+    "revert": (revert, {"model": "DIR"}, f"expert {LETS_IN}"),
+    "keygen": (keygen, {"key": "FILE"}, ""),
+    "sign": (sign, {"model": "DIR", "key": "FILE"}, ""),
+    "card": (write_card, {"model": "DIR"}, ""),
+    "certify": (certify, {"model": "DIR", "removed": "NAME"}, "expert former key out"),
+    "calibrate": (calibrate, {"model": "DIR"}, f"data share jointly ignore_margins revert dry_run {SCORES}"),
+    "compress": (compress, {"anchor": "DIR", "expert": "DIR", "out": "DIR"}, f"rank width {SCORES}"),
 }
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ def expert_stage(
         found = store.open_bundle(home, store.config_of(anchor))
         _check_made_of(found.manifest["training"], made_of, home)
         distributed.say(f"expert '{name}': finished, skipped; digest {found.manifest['digest'][:12]}")
+        if (words := statement.changed(config.statement, found)) and distributed.is_main():
+            distributed.say(f"warning: {home} states another {', '.join(words)}; remove it and start again to publish anew")
         return found
     mesh, source = options.mesh, corpora.source(name)
     distributed.say(f"expert '{name}': making its router row by the anchor's method '{anchor.manifest['rows']}'")
@@ -161,7 +163,9 @@ def expert_stage(
 def _first_ffn(config: config_lib.Config, anchor: store.Artefact) -> tree.Tree:
     """The FFN that an expert begins with, if it is not a copy of the public one."""
     if config.expert.kind == "low_rank":
-        return {"ffn": surgery.low_rank(anchor.tensors("expert"), config.expert.rank, config.seed)["ffn"]}
+        layers, d, width = config.model.num_layers, config.model.d_model, config.model.d_ff
+        shapes = {"gate": (layers, d, width), "up": (layers, d, width), "down": (layers, width, d)}
+        return surgery.low_rank(shapes, config.expert.rank, config.seed)
     if config.expert.d_ff not in (0, config.model.d_ff):
         return {"ffn": surgery.narrow(anchor.tensors("expert"), config.expert.d_ff)["ffn"]}
     return {}
@@ -223,11 +227,16 @@ def joint_stage(
 
 
 def _publish(
-    home: epath.Path, parts: epath.Path, anchor: store.Artefact, bundles: dict[str, store.Artefact], top_k: int
+    home: epath.Path,
+    parts: epath.Path,
+    anchor: store.Artefact,
+    bundles: dict[str, store.Artefact],
+    top_k: int,
+    averaged: bool = True,
 ) -> models.Model:
     """Writes a model from parts that are then discarded."""
     if distributed.is_main():
-        models.write_model(home, anchor, bundles, top_k)
+        models.write_model(home, anchor, bundles, top_k, averaged)
         _discard(parts)
     distributed.barrier("publish")
     return models.open_model(home)
@@ -258,13 +267,14 @@ def router_stage(
     _discard(parts)
     bundles = {}
     for name, bundle in start.bundles.items():
-        tuned = facts | made_of | {"router_tuned_with": sorted(start.bundles)}
+        before = bundle.manifest["training"].get("router_tuned_with", [])  # a row keeps what it learned beside who has left
+        tuned = facts | made_of | {"router_tuned_with": sorted({*before, *start.bundles})}
         parent = {"digest": bundle.manifest["digest"], "by": "router tuning"}
         stated = dataclasses.replace(provenance.of(bundle.manifest), parent=parent, evaluation={}, margins=None)
         bundles[name] = publishing.write_bundle(
             parts / name, name, start.anchor, experts[name], tuned, stated, bundle.tensors("shared")
         )
-    return _publish(home, parts, start.anchor, bundles, start.manifest["top_k"])
+    return _publish(home, parts, start.anchor, bundles, start.manifest["top_k"], averaged=start.shared is not None)
 
 
 def model_stage(anchor: store.Artefact, bundle: store.Artefact, directory: epath.Path) -> models.Model:

@@ -61,6 +61,13 @@ def check(words: config_lib.StatementConfig) -> None:
         raise errors.ConfigError(str(error)) from None
 
 
+def changed(words: config_lib.StatementConfig, bundle: store.Artefact) -> list[str]:
+    """What a finished bundle states otherwise than the owner's words do now."""
+    stated = {"owner": bundle.manifest["owner"], "version": bundle.manifest["version"]}
+    stated |= {"licence": bundle.manifest["data"].get("licence", ""), "margins": bundle.manifest["margins"] is not None}
+    return [field for field, value in stated.items() if getattr(words, field) != value]
+
+
 def _evaluation(
     config: config_lib.Config,
     architecture: transformer.Architecture,

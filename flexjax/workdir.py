@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from etils import epath
@@ -33,7 +34,7 @@ def create(path: epath.PathLike) -> epath.Path:
             directory.mkdir(parents=True, exist_ok=True)
         if distributed.is_main() and is_local(directory):
             probe = directory / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
+            _write_new(probe, b"")
             probe.unlink()
     except OSError as error:
         raise errors.StorageError(
@@ -48,12 +49,12 @@ def lock(directory: epath.Path) -> Iterator[None]:
     """Holds a directory for this process; the kernel lets go when the process ends, however it ends.
 
     Raises:
-      StorageError: another process holds it; the message names that process.
+      StorageError: another process holds it; the message names that process. Or `.lock` is a link or no regular file.
     """
     if not is_local(directory):
         yield
         return
-    descriptor = os.open(os.fspath(directory / ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open_lock(directory / ".lock")
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,12 +69,27 @@ def lock(directory: epath.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _open_lock(path: epath.Path) -> int:
+    """Opens a lock file, and makes it; the directory may be a stranger's, so no link is followed."""
+    try:
+        descriptor = os.open(os.fspath(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        raise errors.StorageError(
+            f"cannot lock with {path}: {error.strerror}; remove it if it is a link, or fix permissions"
+        ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise errors.StorageError(f"cannot lock with {path}: it is no regular file; remove it")
+    return descriptor
+
+
 def write(path: epath.Path, content: bytes, temporary: str = "") -> None:
     """Replaces a small file, and makes its directory: nobody sees half of it, and it is on disk when this returns.
 
     Args:
       path, content: what is written.
-      temporary: the name that the file has until it is whole; one of this process if not given.
+      temporary: the name that the file has until it is whole; one of this process if not given. What has this name is
+        removed first, never followed.
 
     Raises:
       StorageError: it cannot be written.
@@ -81,12 +97,25 @@ def write(path: epath.Path, content: bytes, temporary: str = "") -> None:
     unfinished = path.parent / (temporary or f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        sync(unfinished)
+        if is_local(path):
+            with suppress(FileNotFoundError):
+                os.unlink(unfinished)  # of a directory, this fails; a link is removed itself
+            _write_new(unfinished, content)
+        else:
+            unfinished.write_bytes(content)
         unfinished.replace(path)
         sync(path.parent)
     except OSError as error:
         raise errors.StorageError(f"cannot write {path}: {error.strerror or error}; check space and permissions") from None
+
+
+def _write_new(path: epath.Path, content: bytes) -> None:
+    """Writes a file that must not exist, not even as a link; it is on disk when this returns."""
+    descriptor = os.open(os.fspath(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
 
 
 def write_json(path: epath.Path, value: Any) -> None:

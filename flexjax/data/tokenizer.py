@@ -196,10 +196,29 @@ def load(path: epath.PathLike) -> Tokenizer:
       IntegrityError: the file is broken.
     """
     path = model_file(path)
+    _kind(str(path))  # before anything is read
+    return parse(read(path), str(path))
+
+
+def parse(content: bytes, name: str) -> Tokenizer:
+    """The tokenizer of a file that was read already.
+
+    Args:
+      content: its bytes.
+      name: its name, which says by `.model` or `.json` what it is; errors name it.
+
+    Raises:
+      ConfigError, IntegrityError: as `load`.
+    """
+    return _checked(_kind(name), content, name)
+
+
+def _kind(name: str) -> type[Tokenizer]:
     kinds: dict[str, type[Tokenizer]] = {".model": SentencePiece, ".json": HuggingFace}
-    if path.suffix not in kinds:
-        raise errors.ConfigError(f"{path}: a tokenizer is a .model or .json file; set data.tokenizer")
-    return _checked(kinds[path.suffix], read(path), str(path))
+    suffix = epath.Path(name).suffix
+    if suffix not in kinds:
+        raise errors.ConfigError(f"{name}: a tokenizer is a .model or .json file; set data.tokenizer")
+    return kinds[suffix]
 
 
 def read(path: epath.Path) -> bytes:

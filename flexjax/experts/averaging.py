@@ -14,6 +14,8 @@ from flexjax import storage, tree
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import slices, store
 
+ROWS = 1024  # of a leaf, in memory at a time as double precision
+
 
 def place(home: epath.Path, anchor: str, experts: Mapping[str, str]) -> epath.Path:
     """Where a model keeps the average over these experts (name to digest): named by what it is made of."""
@@ -45,7 +47,7 @@ def write(home: epath.Path, anchor: store.Artefact, bundles: Mapping[str, store.
 def _means(path: str, anchor: store.Artefact, bundles: list[store.Artefact]) -> Iterator[np.ndarray]:
     """The mean of one leaf over bundles, slice by slice."""
     carriers = [bundle for bundle in bundles if path in store.carried(bundle)]
-    rows = anchor.manifest["tensors"][path]["shape"][0] // len(anchor.manifest["tensors"][path]["slices"]) + 1
+    rows = 1 if tree.is_stacked(path) else ROWS  # a layer alone is large enough
     pieces = [slices.regroup(bundle.slices_of(f"shared/{path}"), rows) for bundle in carriers]
     for ours in slices.regroup(anchor.slices_of(path), rows):
         total = (len(bundles) - len(carriers)) * ours.astype(np.float64)

@@ -19,7 +19,7 @@ WORKERS = 3  # slices on their way at once; each needs one block of memory
 SIGNATURE_BYTES = 4096
 
 
-def copy(artefact: store.Artefact, target: epath.Path, read_content: bool = False) -> None:
+def copy(artefact: store.Artefact, target: epath.Path, read_content: bool = False, again: bool = False) -> None:
     """Copies an artefact.
 
     Between two places in buckets the store itself copies, and no byte of a weight comes through this machine; rows and
@@ -29,12 +29,13 @@ def copy(artefact: store.Artefact, target: epath.Path, read_content: bool = Fals
       artefact: what is copied; what a model put in the place of its tensors is not.
       target: a new directory.
       read_content: read every byte in a bucket too, before the store copies it.
+      again: take nothing away that is there: in a bucket, what has the same bytes counts as copied.
 
     Raises:
       IntegrityError: bytes are not those of the manifest, or what they hold is refused; nothing is published.
       StorageError: a file cannot be read or written.
     """
-    home = manifest_lib.fresh(target)
+    home = epath.Path(target) if again else manifest_lib.fresh(target)
     within_buckets = not workdir.is_local(artefact.directory) and not workdir.is_local(home)
     paths = sorted(artefact.manifest["tensors"], key=lambda path: (not path.startswith(store.ROUTER), path))
     for path in paths:

@@ -76,7 +76,7 @@ def seal(manifest: Manifest) -> Manifest:
     """Adds format, digest and, to what was computed, the code's version; refuses fields that the kind does not have."""
     sealed = {**manifest, "format": FORMAT} | ({"code": code()} if "code" in FIELDS[manifest["kind"]] else {})
     sealed["digest"] = digest_of(sealed)
-    _check_fields(sealed, "the manifest to be written")
+    _check_stated(sealed, "the manifest to be written")
     return sealed
 
 
@@ -168,11 +168,7 @@ def read(directory: epath.PathLike, kind: str) -> Manifest:
             f"{path} has format {str(manifest.get('format'))[:20]}, this version reads {FORMAT}; "
             "make it again with this version: a run's checkpoints can still be used"
         )
-    _check_fields(manifest, str(path))
-    if "training" in manifest:
-        provenance.check_training(manifest["training"], str(path))
-    if kind == "expert":
-        provenance.check(manifest, str(path))
+    _check_stated(manifest, str(path))
     found = digest_of(manifest)
     if manifest["digest"] != found:
         raise errors.IntegrityError(
@@ -221,6 +217,15 @@ def model_config(anchor: Manifest, where: epath.PathLike) -> config_lib.ModelCon
         if not plausible[kind]:
             raise errors.IntegrityError(f"{where}: model.{name} is {str(value)[:20]}, expected a plausible {kind.__name__}")
     return config_lib.ModelConfig(**stated)
+
+
+def _check_stated(manifest: Manifest, where: str) -> None:
+    """Raises IntegrityError unless a manifest has the fields of its kind, each of its form."""
+    _check_fields(manifest, where)
+    if "training" in manifest:
+        provenance.check_training(manifest["training"], where)
+    if manifest["kind"] == "expert":
+        provenance.check(manifest, where)
 
 
 def _check_fields(manifest: Manifest, where: str) -> None:

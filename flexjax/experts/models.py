@@ -1,6 +1,6 @@
 """Merged models on disk: an anchor and experts by name, under one manifest.
 
-    MODEL/    manifest.json  anchor/  experts/<digest>/  [shared/<digest>/]
+    MODEL/    manifest.json  anchor/  experts/<digest>/  [shared/<key>/]
 
 What the manifest does not name does not exist: it is replaced atomically, and whatever it no longer names is deleted after.
 Bundles are held as their owners made them. What the model itself adds, calibrated biases and averaged shared leaves, stands
@@ -63,17 +63,23 @@ def describe(
     return manifest_lib.seal(manifest)
 
 
-def write_model(directory: epath.PathLike, anchor: store.Artefact, bundles: dict[str, store.Artefact], top_k: int) -> Model:
+def write_model(
+    directory: epath.PathLike,
+    anchor: store.Artefact,
+    bundles: dict[str, store.Artefact],
+    top_k: int,
+    averaged: bool = True,
+) -> Model:
     """Copies an anchor and bundles into a new model directory, verifying every byte, and commits with the manifest.
 
-    The plain act, for parts that were just made here; `governance.merging` is for parts of others. Shared leaves that bundles
-    carry are averaged.
+    The plain act, for parts of one's own; `governance.merging` is for parts of others. Shared leaves that bundles carry are
+    averaged, or left out.
     """
     home = manifest_lib.fresh(directory)
     copying.copy(anchor, home / "anchor")
     for bundle in bundles.values():
         copying.copy(bundle, home / "experts" / bundle.manifest["digest"])
-    shared = averaging.write(home, anchor, bundles)
+    shared = averaging.write(home, anchor, bundles) if averaged else None
     manifest_lib.write(home, describe(anchor, bundles, top_k, shared=shared), generation=0)
     return open_model(home)
 
@@ -146,13 +152,19 @@ def _open_shared(home: epath.Path, manifest: manifest_lib.Manifest, config: conf
 
 def effective(model: Model) -> Model:
     """The same model with its parts as they are used: biases as calibrated, shared leaves as averaged."""
-    anchor, bundles = model.anchor, dict(model.bundles)
+    anchor, bundles = model.anchor, model.bundles
     if model.shared is not None:
         anchor = dataclasses.replace(anchor, instead={path: model.shared for path in model.shared.manifest["tensors"]})
-    for name, entry in model.manifest["calibration"].items():
-        bias = np.array(entry["bias"], model.bundles[name].manifest["tensors"]["expert/router/bias"]["dtype"])
-        bundles[name] = dataclasses.replace(model.bundles[name], instead={"expert/router/bias": bias})
-    return dataclasses.replace(model, anchor=anchor, bundles=bundles)
+    return dataclasses.replace(model, anchor=anchor, bundles=calibrated(bundles, model.manifest["calibration"]))
+
+
+def calibrated(bundles: Mapping[str, store.Artefact], calibration: Mapping[str, Any]) -> dict[str, store.Artefact]:
+    """Bundles with the biases that a model's calibration gives some of them."""
+    found = dict(bundles)
+    for name, entry in calibration.items():
+        bias = np.array(entry["bias"], found[name].manifest["tensors"]["expert/router/bias"]["dtype"])
+        found[name] = dataclasses.replace(found[name], instead={"expert/router/bias": bias})
+    return found
 
 
 def load(
@@ -224,15 +236,6 @@ def load_anchor(anchor: store.Artefact, mesh: Mesh | None = None) -> tuple[trans
         return loading.load(anchor, {}, 1, mesh)
     params, banks = surgery.join(anchor.shared(), {config_lib.PUBLIC: anchor.tensors("expert")})
     return surgery.architecture(store.config_of(anchor), banks, 1), params
-
-
-def check_known(model: Model, name: str) -> None:
-    """Raises PolicyError if the model has no such expert, ConfigError if it is the anchor's own."""
-    if name == config_lib.PUBLIC:
-        raise errors.ConfigError("'public' is the anchor's own expert and cannot be removed")
-    if name not in model.bundles:
-        known = ", ".join(sorted(model.bundles)) or "none but public"
-        raise errors.PolicyError(f"no expert '{name}' in {model.directory}; it has {known}")
 
 
 def check_listing(model: Model) -> None:

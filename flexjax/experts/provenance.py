@@ -5,6 +5,7 @@ every field is named here, bounded, and refused if it is of another type.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -72,7 +73,8 @@ def number(value: Any) -> bool:
     return (type(value) is int and abs(value) < 2**1000) or (type(value) is float and math.isfinite(value))
 
 
-def _whole(value: Any) -> bool:
+def whole(value: Any) -> bool:
+    """Whether a value is a plain whole number from 0 that 64 bits hold."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -110,7 +112,9 @@ def _margins(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"quantiles", "values"} or not isinstance(value["values"], list):
         return False
     quantiles, rows = value["quantiles"], value["values"]
-    if not isinstance(quantiles, list) or not 0 < len(quantiles) <= 9 or not all(map(_within(0, 1), quantiles)):
+    if not isinstance(quantiles, list) or not 2 <= len(quantiles) <= 9 or not all(map(_within(0, 1), quantiles)):
+        return False
+    if 0.5 not in quantiles or any(high <= low for low, high in itertools.pairwise(quantiles)):  # who reads them interpolates
         return False
     return all(isinstance(row, list) and len(row) == len(quantiles) and all(map(_within(-1e4, 1e4), row)) for row in rows)
 
@@ -133,7 +137,7 @@ STATEMENTS: dict[str, Callable[[Any], bool]] = {
     "owner": _word,
     "version": lambda value: type(value) is int and 1 <= value < 2**31,
     "data": _members(
-        licence=_licence, documents=_whole, digest=_digest, row_documents=_whole, public_fraction=number, tokens=_whole
+        licence=_licence, documents=whole, digest=_digest, row_documents=whole, public_fraction=number, tokens=whole
     ),
     "evaluation": _evaluation,
     "privacy": _privacy,
@@ -146,11 +150,11 @@ EXPECTED = {
     "data": "licence, documents, digest, row_documents, public_fraction, tokens",
     "evaluation": "bits_per_byte and anchor, numbers, by domain",
     "privacy": "dp, epsilon, delta",
-    "margins": "null, or quantiles and one row of values for each layer",
+    "margins": "null, or two to nine ascending quantiles, 0.5 among them, and one row of values for each layer",
     "parent": "null, or digest and by",
 }
 TRAINING: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("steps", "tokens", "seed", "seq_len"), _whole),
+    **dict.fromkeys(("steps", "tokens", "seed", "seq_len"), whole),
     "flops": number,
     **dict.fromkeys(("stream", "start", "data"), _digest),
     "router_tuned_with": _names,

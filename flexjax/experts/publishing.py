@@ -84,8 +84,8 @@ def write_bundle(
     try:
         return stream_bundle(directory, name, anchor, width, put, training, rank=rank, provenance=provenance)
     except errors.IntegrityError:
-        if distributed.is_main():
-            storage.delete(epath.Path(directory))  # what was begun; it has no manifest
+        if distributed.is_main() and not storage.exists(epath.Path(directory) / manifest_lib.FILE):
+            storage.delete(epath.Path(directory))  # what was begun
         raise
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from flexjax import errors, tree
 from flexjax.experts import provenance, slices
 from flexjax.model import transformer
 
+SHARED = re.compile(r"shared(/[a-z0-9_]+){1,8}")  # a shared leaf that a bundle carries
+MOST_DIMENSIONS = 4
 ENTRY = {"dtype", "shape", "slices", "max", "rms"}  # what a manifest says of a tensor
 
 
@@ -58,6 +61,21 @@ def stated_shape(declared: Mapping[str, Any], label: str) -> tuple[int, int]:
     if not (0 < layers <= 2**12 and 0 < d_model <= 2**20):
         raise errors.IntegrityError(f"{label}: {layers} layers of width {d_model} are not plausible")
     return layers, d_model
+
+
+def stated_shared(declared: Mapping[str, Any], label: str) -> dict[str, tuple[None, ...]]:
+    """Paths of the shared leaves that a bundle itself states, each of as many dimensions as it says, of any length."""
+    found: dict[str, tuple[None, ...]] = {}
+    for path, entry in declared.items():
+        if SHARED.fullmatch(path):
+            shape = entry.get("shape") if isinstance(entry, dict) else None
+            if not isinstance(shape, list) or not 0 < len(shape) <= MOST_DIMENSIONS:
+                raise errors.IntegrityError(
+                    f"{label}: the manifest has no sound entry of tensor {path[:80]}: it must hold a shape of 1 to "
+                    f"{MOST_DIMENSIONS} dimensions"
+                )
+            found[path] = (None,) * len(shape)
+    return found
 
 
 def check(

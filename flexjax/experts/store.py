@@ -223,6 +223,12 @@ def tokenizer_bytes(anchor: Artefact) -> bytes:
     return data
 
 
+def tokenizer(anchor: Artefact) -> tokenizer_lib.Tokenizer:
+    """The anchor's tokenizer, of the very bytes that were verified; raises as `tokenizer_bytes` and `data.tokenizer.load`."""
+    content = tokenizer_bytes(anchor)
+    return tokenizer_lib.parse(content, str(anchor.directory / anchor.manifest["tokenizer"]["file"]))
+
+
 def _check_tokenizer_entry(anchor: Artefact) -> None:
     """Checks what a manifest says of the tokenizer: a fixed name, so that it cannot lead out of the directory."""
     entry = anchor.manifest["tokenizer"]
@@ -255,9 +261,13 @@ def check_bundle(bundle: Artefact, config: config_lib.ModelConfig | None) -> Non
     margins = manifest["margins"]
     if margins is not None and len(margins["values"]) != layers:
         raise errors.IntegrityError(f"{bundle.label}: margins of {len(margins['values'])} layers, the model has {layers}")
-    carried = {} if config is None else {f"shared/{path}": shape for path, shape in schema.shared_shapes(config).items()}
-    own = {path: entry for path, entry in manifest["tensors"].items() if config is not None or not path.startswith("shared/")}
-    schema.check(own, bundle.label, schema.expert_shapes(layers, d_model, d_ff, biased=True, rank=rank), carried)
+    expected = schema.expert_shapes(layers, d_model, d_ff, biased=True, rank=rank)
+    shapes: Mapping[str, tuple[int | None, ...]]
+    if config is None:
+        shapes = schema.stated_shared(manifest["tensors"], bundle.label)
+    else:
+        shapes = {f"shared/{path}": shape for path, shape in schema.shared_shapes(config).items()}
+    schema.check(manifest["tensors"], bundle.label, expected, shapes)
 
 
 def carried(bundle: Artefact) -> list[str]:

@@ -131,11 +131,11 @@ def narrow(expert: tree.Tree, d_ff: int) -> tree.Tree:
     return {**expert, "ffn": {**columns, "down": np.take_along_axis(ffn["down"], kept[:, :, None], axis=1)}}
 
 
-def low_rank(public: tree.Tree, rank: int, seed: int) -> tree.Tree:
+def low_rank(shapes: Mapping[str, tuple[int, ...]], rank: int, seed: int) -> tree.Tree:
     """Draws the FFN of a low-rank expert that starts as the public one: a from N(0, 1 / fan-in), b = 0, both float32.
 
     Args:
-      public: the public expert, of which the shapes alone are used.
+      shapes: of the public gate, up and down, layers first.
       rank: at least 1, at most the smaller side of a matrix.
       seed: decides `a`.
 
@@ -144,7 +144,7 @@ def low_rank(public: tree.Tree, rank: int, seed: int) -> tree.Tree:
     """
     found = {}
     for stream, name in enumerate(("gate", "up", "down")):
-        layers, fan_in, fan_out = public["ffn"][name].shape
+        layers, fan_in, fan_out = shapes[name]
         if not 1 <= rank <= min(fan_in, fan_out):
             raise errors.ConfigError(f"expert.rank={rank} must lie between 1 and {min(fan_in, fan_out)}")
         a = np.random.default_rng((seed, stream)).standard_normal((layers, fan_in, rank), np.float32)

@@ -20,7 +20,7 @@ from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.data import tokens as tokens_lib
 from flexjax.eval import bits_per_byte
-from flexjax.experts import store
+from flexjax.experts import models, store
 from flexjax.governance import layerwise
 from flexjax.governance import margins as margins_lib
 from flexjax.model import router as router_lib
@@ -127,6 +127,27 @@ def jointly(
         raise errors.ConfigError("a joint calibration needs an expert; the model has none but public")
     names = len(bundles) + 1
     return _fit(anchor, bundles, text, share, names if top_k is None else top_k, ignore_margins)
+
+
+def of_model(
+    model: models.Model, text: layerwise.Sample, share: float = SHARE, *, together: bool = False, ignore_margins: bool = False
+) -> tuple[dict[str, Fit], list[str]]:
+    """Fits all experts of a model on its anchor as it is used, jointly (with the model's top_k) or each alone.
+
+    Averaged shared leaves hold something of every expert, so that nothing is fitted alone on them.
+
+    Returns:
+      Fits by name, and the names that each was fitted with, for `entry`: none if each was fitted alone.
+
+    Raises:
+      As `jointly`.
+    """
+    anchor, bundles = models.effective(model).anchor, dict(sorted(model.bundles.items()))
+    if together:
+        k = model.manifest["top_k"]
+        return jointly(anchor, bundles, text, share, top_k=k, ignore_margins=ignore_margins), list(bundles)
+    fits = {name: alone(anchor, bundle, text, share, ignore_margins=ignore_margins) for name, bundle in bundles.items()}
+    return fits, [] if model.shared is None else sorted(model.manifest["shared"]["experts"])
 
 
 def _fit(

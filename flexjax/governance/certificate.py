@@ -10,23 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from flexjax import errors, storage, tree, workdir
 from flexjax.experts import manifest as manifest_lib
-from flexjax.experts import models, schema, store, surgery
-from flexjax.governance import history, signatures
-from flexjax.inference import decode
-from flexjax.model import router, transformer
+from flexjax.experts import models, provenance, store
+from flexjax.governance import history, masking, merging, signatures
 
 FORMAT = 1
-PURPOSE = "certificate"
-TOLERANCE = 1e-5  # of masked against removed, relative to the largest logit, in float32
-PROMPTS, LENGTH, NEW_TOKENS = 4, 24, 8
+KIND, PURPOSE = "opt-out certificate", "certificate"
 NOT_NAMES = {"kind", "rows", "dtype"}  # fields whose words are never names of experts
 KEYED_BY_NAME = {"/experts", "/calibration", "/shared/experts", "/evaluation"}
-FILLINGS = {"normal numbers": np.float32(1), "numbers a hundred times larger": np.float32(100), "NaN": np.float32(np.nan)}
 
 
 def certify(
@@ -35,8 +29,11 @@ def certify(
     owners: Sequence[epath.PathLike] = (),
     key: epath.PathLike | None = None,
     out: epath.PathLike | None = None,
+    former: epath.PathLike | None = None,
 ) -> dict[str, Any]:
     """Checks every claim and writes the certificate beside the model.
+
+    Needs the memory of `masking.compare`.
 
     Args:
       directory: the model that the expert has left.
@@ -44,27 +41,29 @@ def certify(
       owners: bundles as the remaining owners hold them; experts whose bundle is not given are compared with their manifest.
       key: private key to sign with; None leaves the certificate unsigned.
       out: file to write; None: `<model>.without-<name>.json`.
+      former: the model that it left, where it was removed into another directory, whose history does not know it.
 
     Raises:
-      PolicyError: the expert is in the model or never was, or left what removal does not undo.
+      PolicyError: the expert is in the model or never was, or left what removal does not undo; or `former` is not the same
+        model with this expert.
       IntegrityError: a claim does not hold.
     """
     home = epath.Path(directory)
     model = models.open_model(home)
     if removed in model.bundles:
         raise errors.PolicyError(f"expert '{removed}' is still in {home}; remove it first")
-    left = history.find_removed(history.settled(history.read(home), model.tree_digest), removed)
-    digest = left.what["former"]["experts"][removed]
-    _check_clean(model, removed, left.what["former"])
+    was, size = _as_recorded(model, removed) if former is None else _as_it_was(model, removed, epath.Path(former))
+    digest = was["experts"][removed]
+    _check_clean(model, removed, was)
     models.verify(model)
     claims = {
         "remaining tensors are their owners'": _owned(model, owners),
         "every expert's anchor is this one": {name: b.manifest["anchor"] for name, b in sorted(model.bundles.items())},
         "nothing mentions the expert": _unmentioned(model, removed, digest),
-        "masked, the expert cannot matter": _masked(model, removed, {part: left.what[part] for part in ("d_ff", "rank")}),
+        "masked, the expert cannot matter": masking.compare(model, removed, size),
     }
     content: dict[str, Any] = {
-        "kind": "opt-out certificate",
+        "kind": KIND,
         "format": FORMAT,
         "removed": {"name": removed, "digest": digest},
         "model": {
@@ -99,6 +98,71 @@ def check(certificate: Mapping[str, Any], where: str) -> str:
     if certificate.get("signature") is None:
         return ""
     return signatures.verify_bytes(tree.canonical_json(content), PURPOSE, certificate["signature"], where)
+
+
+def verify(file: epath.PathLike, model: models.Model | None = None, trust: signatures.Trust | None = None) -> dict[str, Any]:
+    """Reads a certificate that somebody hands over: whether it is as it was signed, of whom, and of this model.
+
+    Returns:
+      removed {name, digest}, tree_digest, key ("" if unsigned), owner ("" unless a trust file names one), text.
+
+    Raises:
+      IntegrityError: it is no certificate, was changed, or is of another model. PolicyError: the trust file does not know the
+      key, or revokes it, or there is no signature.
+    """
+    path = epath.Path(file)
+    stated = _read(path)
+    key, removed, of = check(stated, str(path)), stated["removed"], stated["model"]["tree_digest"]
+    if model is not None and model.tree_digest != of:
+        raise errors.IntegrityError(f"{path} is of model {of}, but {model.directory} is {model.tree_digest}; ask for another")
+    owner = ""
+    if trust is not None:
+        if key not in trust.keys or key in trust.revoked:
+            why = f"its key {key} is revoked or unknown to the trust file" if key else "it is unsigned"
+            raise errors.PolicyError(f"certificate {path}: {why}; ask who made it to sign it with a key that you trust")
+        owner = trust.keys[key].owner
+    who = f"signed by {owner} with key {key}" if owner else f"signed by key {key}, which nobody vouched for"
+    text = f"{path}: expert '{removed['name']}' ({removed['digest']}) has left model {of}; "
+    text += who if key else "unsigned: nobody vouches for it"
+    return {"removed": removed, "tree_digest": of, "key": key, "owner": owner, "text": text}
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    """A certificate that a stranger may have written; of its fields, those that `verify` uses are checked."""
+    try:
+        stated = tree.strict_json(storage.read_small(path, manifest_lib.MAX_BYTES))
+        digests = stated["removed"]["digest"], stated["model"]["tree_digest"]
+        sound = stated["kind"] == KIND and stated["format"] == FORMAT and manifest_lib.check_name(stated["removed"]["name"])
+        if not sound or not all(isinstance(digest, str) and provenance.DIGEST.fullmatch(digest) for digest in digests):
+            raise ValueError("kind, format or digests are not those of one")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise errors.IntegrityError(f"{path} is no {KIND} ({type(error).__name__}: {str(error)[:80]}); refused") from None
+    return dict(stated)
+
+
+def _as_recorded(model: models.Model, removed: str) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """What the history says of the model before the expert left, and the expert's size."""
+    left = history.find_removed(history.settled(history.read(model.directory), model.tree_digest), removed)
+    size = left.what.get("sizes", {}).get(removed)
+    if size is None:
+        raise errors.PolicyError(
+            f"the history of {model.directory} does not tell the size of '{removed}'; give that model as --former=DIR"
+        )
+    return left.what["former"], {part: size[part] for part in ("d_ff", "rank")}
+
+
+def _as_it_was(model: models.Model, removed: str, directory: epath.Path) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """The same from the model that the expert left."""
+    former = models.open_model(directory)
+    merging.check_known(former, removed)
+    others = {name: digest for name, digest in former.manifest["experts"].items() if name != removed}
+    if (former.manifest["anchor"], others) != (model.manifest["anchor"], model.manifest["experts"]):
+        raise errors.PolicyError(
+            f"{directory} without '{removed}' is not {model.directory}: its anchor or other experts differ; "
+            "give the model that the expert left as --former=DIR"
+        )
+    manifest = former.bundles[removed].manifest
+    return former.manifest, {part: manifest[part] for part in ("d_ff", "rank")}
 
 
 def _check_clean(model: models.Model, removed: str, former: Mapping[str, Any]) -> None:
@@ -189,85 +253,6 @@ def _mention(value: Any, removed: str, where: str = "") -> tuple[str, int]:
         if found:
             return found, count
     return "", count
-
-
-def _masked(model: models.Model, removed: str, size: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs the model as it was with the expert masked, its slot filled in three ways, and the model as it is.
-
-    Raises:
-      IntegrityError: a filling changes a bit of an answer, or masking and removing differ by more than the tolerance.
-    """
-    architecture, params = models.load(model)
-    names = architecture.experts
-    shape = (PROMPTS, LENGTH)
-    prompts = np.random.default_rng(0).integers(0, architecture.config.vocab_size, shape).astype(np.int32)
-    begin, *others = FILLINGS
-    wider, filled = _with_slot(architecture, params, removed, size, begin)
-    runner = _Runner(wider, filled, prompts, names)
-    first = runner.run(filled)
-    for filling in others:
-        found = runner.run(_with_slot(architecture, params, removed, size, filling)[1])
-        if found[0].tobytes() != first[0].tobytes() or found[1] != first[1]:
-            raise errors.IntegrityError(
-                f"with '{removed}' masked, filling its slot with {filling} changes an answer; report this"
-            )
-    own = _Runner(architecture, params, prompts, names).run(params)[0]
-    difference = float(np.abs(own - first[0]).max() / np.abs(own).max())
-    if not difference <= TOLERANCE:
-        raise errors.IntegrityError(
-            f"masking '{removed}' and removing it differ by {difference:.2g}, more than {TOLERANCE}; report this"
-        )
-    return {
-        "slot": size,
-        "fillings": list(FILLINGS),
-        "logits_bit_equal": True,
-        "continuations_equal": True,
-        "prompts": PROMPTS,
-        "tokens": LENGTH,
-        "new_tokens": NEW_TOKENS,
-        "masked_against_removed": difference,
-        "tolerance": TOLERANCE,
-        "program": runner.program,
-    }
-
-
-class _Runner:
-    """The programs of one architecture, compiled once: bit-identity is a promise about one program on two contents."""
-
-    def __init__(
-        self, architecture: transformer.Architecture, params: tree.Tree, prompts: np.ndarray, allowed: Sequence[str]
-    ) -> None:
-        self._architecture, self._prompts = architecture, prompts
-        self._mask = router.allowed_mask(architecture.experts, allowed, len(prompts))
-        self._requests = [decode.Request(row.tolist(), tuple(allowed)) for row in prompts]
-        self._decoder = decode.Decoder(params, architecture, eos_id=0)
-
-        def logits(params: tree.Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-            return transformer.logits(params, transformer.forward(params, tokens, architecture, allowed=mask).hidden)
-
-        lowered = jax.jit(logits).lower(params, prompts, self._mask)
-        self.program = tree.sha256(lowered.as_text().encode())
-        self._logits = lowered.compile()
-
-    def run(self, params: tree.Tree) -> tuple[np.ndarray, list[list[int]]]:
-        """Logits of all positions, and greedy continuations by the path that generation takes."""
-        self._decoder.weights = decode.serving_layout(params, self._architecture)
-        answers = self._decoder.generate(self._requests, NEW_TOKENS)
-        return np.asarray(self._logits(params, self._prompts, self._mask)), [ids.tolist() for ids in answers]
-
-
-def _with_slot(
-    architecture: transformer.Architecture, params: tree.Tree, name: str, size: Mapping[str, Any], filling: str
-) -> tuple[transformer.Architecture, tree.Tree]:
-    """The model with one more expert, of the size that left, that holds anything but weights."""
-    config = architecture.config
-    shapes = schema.expert_shapes(config.num_layers, config.d_model, size["d_ff"], biased=True, rank=size["rank"])
-    rng = np.random.default_rng(1 + list(FILLINGS).index(filling))
-    factor = FILLINGS[filling]
-    drawn = {path.removeprefix("expert/"): factor * rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-    shared, experts = surgery.split(params, architecture.banks)
-    joined, banks = surgery.join(shared, {**experts, name: tree.unflatten(drawn)})
-    return surgery.architecture(config, banks, architecture.top_k), joined
 
 
 def _kept_elsewhere(home: epath.Path) -> dict[str, Any]:

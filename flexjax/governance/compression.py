@@ -73,30 +73,38 @@ def compress(
                 pieces = map(functools.partial(_read, bundle, path), range(len(entry["slices"])))
                 writer.put(path, entry["dtype"], tuple(entry["shape"]), pieces)
 
+    with _begun(epath.Path(target)):
+        name, d_ff, facts = manifest["name"], width or manifest["d_ff"], manifest["training"]
+        small = publishing.stream_bundle(target, name, anchor, d_ff, put, facts, rank=rank or 0, provenance=stated)
+    relative_to = "the difference to the public matrix" if rank is not None else "the matrix"
+    return _report(bundle, small, by, relative_to, losses)
+
+
+@contextlib.contextmanager
+def _begun(target: epath.Path) -> Iterator[None]:
+    """A directory that is emptied of what was begun, unless somebody else has finished an artefact there meanwhile."""
     manifest_lib.check_free(target)  # what is there is never deleted
     try:
-        small = publishing.stream_bundle(
-            target,
-            manifest["name"],
-            anchor,
-            width or manifest["d_ff"],
-            put,
-            manifest["training"],
-            rank=rank or 0,
-            provenance=stated,
-        )
+        yield
     except errors.FlexjaxError:
-        storage.delete(epath.Path(target))  # what was begun; it has no manifest
+        files = storage.files(target)  # in a bucket, only these generations are deleted
+        if not storage.exists(target / manifest_lib.FILE):
+            storage.delete(target, files)
         raise
+
+
+def _report(
+    bundle: store.Artefact, small: store.Artefact, by: str, relative_to: str, losses: Mapping[str, truncation.Loss]
+) -> dict[str, Any]:
     return {
-        "name": manifest["name"],
+        "name": bundle.manifest["name"],
         "by": by,
-        "source": manifest["digest"],
+        "source": bundle.manifest["digest"],
         "digest": small.manifest["digest"],
         "size": {"before": _size(bundle), "after": _size(small)},
         "bytes": {"before": bundle.nbytes, "after": small.nbytes},
         "parameters": {"before": _parameters(bundle), "after": _parameters(small)},
-        "relative_to": "the difference to the public matrix" if rank is not None else "the matrix",
+        "relative_to": relative_to,
         "matrices": {kind: loss.summary() for kind, loss in losses.items()},
     }
 
@@ -251,6 +259,8 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """Bits per byte of texts, as a manifest's `evaluation` holds them: of the expert beside public, and of the anchor alone.
 
+    An expert that carries shared leaves is scored with them in the place of the anchor's; the anchor is then read again.
+
     Args:
       anchor, bundle: the pair that is scored; call it with the larger and with the smaller expert.
       texts: files by domain.
@@ -265,17 +275,33 @@ def score(
     """
     name, config = bundle.manifest["name"], store.config_of(anchor)
     tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
-    architecture, params = loading.load(anchor, {name: bundle}, 2, sharding.one_device())
     window = seq_len or anchor.manifest["training"].get("seq_len", DEFAULT_SEQ_LEN)
-    scorer = bits_per_byte.Scorer(architecture, params, window, batch_size)
-    found = {}
+    theirs = dataclasses.replace(anchor, instead=_carried(bundle))
+    settings = data or config_lib.DataConfig()
+    scorer = None
+    found: dict[str, dict[str, float]] = {domain: {} for domain in texts}
     with tempfile.TemporaryDirectory() as cache:
-        for domain, paths in texts.items():
-            settings = data or config_lib.DataConfig()
-            source = tokens.tokenize(list(paths), tokenizer, settings, config.vocab_size, epath.Path(cache))
-            pair, alone = (scorer.score(source, max_bytes, names) for names in (None, [config_lib.PUBLIC]))
-            found[domain] = {"bits_per_byte": pair.bits_per_byte, "anchor": alone.bits_per_byte}
+        sources = {
+            domain: tokens.tokenize(list(paths), tokenizer, settings, config.vocab_size, epath.Path(cache) / str(number))
+            for number, (domain, paths) in enumerate(texts.items())
+        }
+        for what, holder, names in (("bits_per_byte", theirs, None), ("anchor", anchor, [config_lib.PUBLIC])):
+            if scorer is None or theirs.instead:
+                scorer = None  # one model in memory at a time
+                architecture, params = loading.load(holder, {name: bundle}, 2, sharding.one_device())
+                scorer = bits_per_byte.Scorer(architecture, params, window, batch_size)
+                del params
+            for domain, source in sources.items():
+                found[domain][what] = scorer.score(source, max_bytes, names).bits_per_byte
     return found
+
+
+def _carried(bundle: store.Artefact) -> dict[str, np.ndarray]:
+    """The shared leaves of a bundle, as the anchor names them."""
+    leaves = {path: bundle.tensor(f"shared/{path}") for path in store.carried(bundle)}
+    for path, leaf in leaves.items():
+        store.check_content(path, leaf, bundle.label)
+    return leaves
 
 
 def table(report: Mapping[str, Any]) -> str:

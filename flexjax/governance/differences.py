@@ -27,7 +27,8 @@ def compare(a: epath.PathLike, b: epath.PathLike) -> dict[str, Any]:
       A JSON-able dict: kind, a, b {directory, digest}, same, and
       of bundles and anchors, facts [{field, a, b}], tensors [{path, state, ...}] of those that differ, unchanged (how many
       do not), router {angle, bias}, deltas of low-rank experts, evaluation [{domain, a, b, change}], note;
-      of models, facts, added and removed {name: digest}, changed {name: as of bundles}, bias {name: as of router} of
+      of models, facts, anchor and shared (the averaged leaves): as of bundles, None where they are the same or one model
+      has none; added and removed {name: digest}, changed {name: as of bundles}, bias {name: as of router} of
       experts that stayed and were calibrated otherwise, unchanged [name].
       `relative` is ||b - a|| / ||a||, `largest` the largest |b - a|, angles are in degrees, over layers.
 
@@ -58,12 +59,21 @@ def _models(a: models.Model, b: models.Model) -> dict[str, Any]:
     recalibrated = [name for name in both if calibration[0].get(name) != calibration[1].get(name)]
     return {
         "facts": _facts(a.manifest, b.manifest, ("experts", "calibration", "digest")),
+        "anchor": _changed(a.anchor, b.anchor),
+        "shared": _changed(a.shared, b.shared),
         "added": {name: b.manifest["experts"][name] for name in sorted(set(b.bundles) - set(a.bundles))},
         "removed": {name: a.manifest["experts"][name] for name in sorted(set(a.bundles) - set(b.bundles))},
         "changed": {name: _artefacts(a.bundles[name], b.bundles[name]) for name in both if len(set(digests[name])) > 1},
         "bias": {name: _bias(used[name], now[name]) for name in recalibrated},
         "unchanged": [name for name in both if len(set(digests[name])) == 1],
     }
+
+
+def _changed(a: store.Artefact | None, b: store.Artefact | None) -> dict[str, Any] | None:
+    """How parts of two models differ; None if they do not, or one is not there."""
+    if a is None or b is None or a.manifest["digest"] == b.manifest["digest"]:
+        return None
+    return _artefacts(a, b)
 
 
 def _artefacts(a: store.Artefact, b: store.Artefact) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def _artefacts(a: store.Artefact, b: store.Artefact) -> dict[str, Any]:
         "facts": _facts(a.manifest, b.manifest, APART),
         "tensors": rows,
         "unchanged": len({*tensors, *other}) - len(rows),
-        "router": {"angle": _angles(a, b), "bias": _bias(a, b)},
+        "router": {"angle": _angles(a, b), "bias": _bias(a, b)} if ROW in {*tensors, *other} else None,
         "deltas": [_delta(a, b, f"expert/ffn/{name}") for name in ("gate", "up", "down")] if low_rank else [],
         "evaluation": _evaluation(a.manifest.get("evaluation", {}), b.manifest.get("evaluation", {})),
         "note": FACTORS if low_rank and any("/ffn/" in row["path"] for row in rows) else "",
@@ -233,6 +243,9 @@ def table(found: Mapping[str, Any]) -> str:
     if found["kind"] != "model":
         return "\n".join([*lines, *_lines(found, "")])
     lines += [f"{row['field']}: {_short(row['a'])} -> {_short(row['b'])}" for row in found["facts"]]
+    for part, what in (("anchor", "anchor"), ("shared", "averaged leaves")):
+        if found[part] is not None:
+            lines += [f"{what} changed", *_lines(found[part], "  ")]
     lines += [f"expert {name} added, digest {digest[:12]}" for name, digest in found["added"].items()]
     lines += [f"expert {name} removed, digest {digest[:12]}" for name, digest in found["removed"].items()]
     for name, change in found["changed"].items():
@@ -255,10 +268,11 @@ def _lines(found: Mapping[str, Any], indent: str) -> list[str]:
     for row in found["deltas"]:
         amount = _percent(row["relative"]) if "relative" in row else "not compared, since its shape is another"
         lines.append(f"{row['path']}, product of its factors: relative {amount}")
-    angle, bias = found["router"]["angle"], found["router"]["bias"]
-    lines.append(f"router row: {'not compared' if angle is None else f'turned by {_range(angle)} degrees'}")
-    if bias is not None:
-        lines.append(f"router bias: {_range(bias)}")
+    if found["router"] is not None:
+        angle, bias = found["router"]["angle"], found["router"]["bias"]
+        lines.append(f"router row: {'not compared' if angle is None else f'turned by {_range(angle)} degrees'}")
+        if bias is not None:
+            lines.append(f"router bias: {_range(bias)}")
     for row in found["evaluation"]:
         change = "" if row["change"] is None else f" ({row['change']:+.4f})"
         lines.append(f"bits per byte on {row['domain']}: {_short(row['a'])} -> {_short(row['b'])}{change}")

@@ -33,6 +33,8 @@ MOST_NORM = 6.0  # honest at most 1.29; rows times 10 give 11, times 30 34
 LEAST_PROBABILITY = 1e-3  # honest at least 0.97 as trained and 0.12 calibrated to 1 %; a bias of -50 gives less than 1e-18
 MOST_COSINE = 0.99  # honest at most 0.40 in the layer where it is least; equal rows give 1
 
+MOST_STATES = 1024  # of a layer
+
 REPLACE = "remove it or ask its owner for another bundle"
 KINDS = {  # of findings: what is measured, and on which side of its bound an honest expert lies
     "collapse": ("median over layers of its share of public text", "at most"),
@@ -83,8 +85,7 @@ class Report:
       norm: length of the claim divided by the median of the other experts'; NaN where there are not two others.
       cosine: between claims, [L, E, E].
       bias: effective.
-      own_text: largest probability beside `public` at states of the owner's text, or at the highest quantile of the margins in
-        its manifest; NaN if there are neither.
+      own_text: probability beside `public` at the highest quantile of the margins in its manifest; NaN if there are none.
       findings: what is wrong.
     """
 
@@ -117,15 +118,15 @@ def probe(
     anchor: store.Artefact,
     bundles: Mapping[str, store.Artefact],
     states: Float[np.ndarray, "L S D"] | None = None,
-    own_states: Mapping[str, Float[np.ndarray, "L S D"]] | None = None,
 ) -> Report:
-    """Measures experts on public states, and judges what it measures.
+    """Measures experts on at most `MOST_STATES` public states of each layer, evenly spaced, and judges what it measures.
+
+    One layer of the states is in memory at a time: it is one file, so it is read and verified whole, and let go.
 
     Args:
       anchor: whose router rows and public states they are.
       bundles: by name, with the biases that are used (`models.effective`).
       states: public states that the routers read; None: the anchor's.
-      own_states: the same of an owner's text, by expert, where an owner looks at its own.
 
     Raises:
       ConfigError: there is no expert, or the anchor has no public states and none are given.
@@ -142,17 +143,20 @@ def probe(
     public = _rows(anchor)
     rows = np.stack([_rows(bundles[name]) for name in names], axis=1)  # [L, E, D]
     biases = np.stack([_effective(bundles[name]) for name in names], axis=1)
-    own = own_states or {}
     layers = []
     for layer, bias in enumerate(biases):
-        h = anchor.slice_at("statistics/states", layer)[0] if states is None else states[layer]
-        text = [own[name][layer] if name in own else None for name in names]
-        layers.append(_measure(h.astype(np.float64), rows[layer], public[layer], bias, text))
+        h = _spaced(anchor.slice_at("statistics/states", layer)[0] if states is None else states[layer])
+        layers.append(_measure(h, rows[layer], public[layer], bias))
     stacked: dict[str, Any] = {key: np.stack([layer[key] for layer in layers]) for key in layers[0]}
     told = np.stack([_told(bundles[name], biases[:, e]) for e, name in enumerate(names)], axis=1)
-    stacked["own_text"] = np.fmax(stacked["own_text"], told)
-    report = Report(names, bias=biases, **stacked)
+    report = Report(names, bias=biases, own_text=told, **stacked)
     return dataclasses.replace(report, findings=tuple(_judge(report)))
+
+
+def _spaced(states: Float[np.ndarray, "S D"]) -> Float[np.ndarray, "N D"]:
+    """At most `MOST_STATES` of them, from the first to the last, as a float64 copy."""
+    count = len(states)
+    return states[np.linspace(0, count - 1, min(count, MOST_STATES)).round().astype(np.int64)].astype(np.float64)
 
 
 def _rows(holder: store.Artefact) -> Float[np.ndarray, "L D"]:
@@ -176,9 +180,7 @@ def _told(bundle: store.Artefact, bias: Float[np.ndarray, " L"]) -> Float[np.nda
     return margins_lib.sigmoid(np.array(stated["values"], np.float64)[:, -1] - own + bias)
 
 
-def _measure(
-    h: np.ndarray, rows: np.ndarray, public: np.ndarray, biases: np.ndarray, own: list[np.ndarray | None]
-) -> dict[str, np.ndarray]:
+def _measure(h: np.ndarray, rows: np.ndarray, public: np.ndarray, biases: np.ndarray) -> dict[str, np.ndarray]:
     """One layer."""
     claims = rows - public
     score = h @ claims.T
@@ -192,7 +194,6 @@ def _measure(
         relative = np.where(others > 0, norms / np.where(others > 0, others, 1), np.nan)
     unit = claims / np.where(norms > 0, norms, 1)[:, None]
     beside = margins_lib.sigmoid(score + biases)
-    there = [np.nan if text is None else _most(text, claims, biases, e) for e, text in enumerate(own)]
     return {
         "share": p[:, 1:].mean(axis=0),
         "beside": beside.mean(axis=0),
@@ -202,13 +203,7 @@ def _measure(
         "reading": (h @ rows.T).std(axis=0),
         "norm": relative,
         "cosine": unit @ unit.T,
-        "own_text": np.array(there),
     }
-
-
-def _most(text: np.ndarray, claims: np.ndarray, biases: np.ndarray, e: int) -> float:
-    """The largest probability of one expert beside `public` at states of its own text."""
-    return float(margins_lib.sigmoid(text.astype(np.float64) @ claims[e] + biases[e]).max())
 
 
 def _judge(report: Report) -> list[Finding]:

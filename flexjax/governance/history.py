@@ -19,13 +19,15 @@ from etils import epath
 
 from flexjax import errors, storage, workdir
 from flexjax.experts import manifest as manifest_lib
+from flexjax.experts import provenance
 from flexjax.governance import chain
 
 SUFFIX = ".history.jsonl"
 MAX_BYTES = 2**26
-DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = provenance.DIGEST
 OPERATION = re.compile(r"[a-z][a-z_]{0,30}")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
+SIZE = {"d_ff", "rank"}
 RESTORABLE = ("anchor", "experts", "top_k", "calibration", "shared")  # fields of a model's manifest that operations change
 
 
@@ -34,10 +36,10 @@ class Entry:
     """One line.
 
     Attributes:
-      operation: create, add, replace, remove, calibrate, average, revert, ...
+      operation: create, add, replace, remove, calibrate, revert, ...
       experts: name to digest, after the operation.
-      what: `name` and `digest` of the expert concerned, and `former`: fields of the model's manifest as they were before,
-        of those that changed.
+      what: `name` and `digest` of the expert concerned (also `d_ff` and `rank`), `former`: fields of the model's manifest
+        as they were before, of those that changed, and `sizes`: d_ff and rank of each expert that left, by name.
       before, after: tree digests of the model; before is None where there was no model.
       time, code: UTC, and the code's version; `record` fills them in.
     """
@@ -73,6 +75,19 @@ def _what(value: Any) -> bool:
         and set(former) <= set(RESTORABLE)
         and _digests(former.get("experts", {}))
         and isinstance(value.get("name", ""), str)
+        and all(provenance.whole(value.get(size, 0)) for size in SIZE)
+        and _sizes(value.get("sizes", {}))
+    )
+
+
+def _sizes(value: Any) -> bool:
+    """Whether a value maps names of experts to their d_ff and rank."""
+    return isinstance(value, dict) and all(
+        manifest_lib.NAME.fullmatch(name)
+        and isinstance(size, dict)
+        and set(size) == SIZE
+        and all(map(provenance.whole, size.values()))
+        for name, size in value.items()
     )
 
 
@@ -107,6 +122,7 @@ def entry(
     after: manifest_lib.Manifest,
     name: str = "",
     facts: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Entry:
     """Describes an operation by a model's manifests before and after it, both sealed.
 
@@ -116,12 +132,16 @@ def entry(
       after: the manifest that will be committed.
       name: the expert concerned, if it is one.
       facts: whatever else is worth keeping.
+      sizes: `d_ff` and `rank` by name, at least of every expert that leaves: of those they are kept.
     """
     was = {} if before is None else before
     former = {field: was[field] for field in RESTORABLE if was and was.get(field) != after.get(field)}
     what = dict(facts or {}) | {"former": former}
     if name:
         what |= {"name": name, "digest": after["experts"].get(name, was.get("experts", {}).get(name))}
+    gone = sorted(set(was.get("experts", {})) - set(after["experts"]))
+    if sizes is not None and gone:
+        what["sizes"] = {name: {size: sizes[name][size] for size in sorted(SIZE)} for name in gone}
     return Entry(operation, dict(after["experts"]), what, was.get("digest"), after["digest"])
 
 

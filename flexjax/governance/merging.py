@@ -1,22 +1,19 @@
 """Surgery on merged models: experts in, out and exchanged, in a directory or a bucket, whoever made them.
 
-Every operation goes the same way: read and check, copy what is new beside what is there, write a line of history, replace
-the manifest, delete what it no longer names. The manifest is the only commit point, so an operation that is cut off leaves
-the old model or the new one; whatever else it left is swept by the next.
+Every operation goes the same way: read and check what is to come in, then commit (`committing`).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from flexjax import config as config_lib
-from flexjax import errors, storage, workdir
-from flexjax.experts import averaging, copying, models, store
+from flexjax import errors
 from flexjax.experts import manifest as manifest_lib
-from flexjax.governance import card, compatibility, health, history, signatures
+from flexjax.experts import models, store
+from flexjax.governance import committing, compatibility, health, history, signatures
 
 Report = list[compatibility.Row]
 
@@ -51,6 +48,8 @@ def create(
       top_k: experts per token; None: all, but at most `compatibility.ENOUGH_ACTIVE`.
       terms: on which the bundles are let in.
 
+    Returns the model; None for a dry run, here and below.
+
     Raises:
       FlexjaxError: of the class that the first refused row of the report has; nothing was written.
       StorageError: the target is in use or not empty, or something cannot be read or written.
@@ -63,11 +62,10 @@ def create(
     admit(opened, given, {}, k, terms)
     if terms.dry_run:
         return None
-    with _made(home), workdir.lock(home):
-        manifest_lib.fresh(home)
-        copying.copy(opened, home / "anchor", terms.read_content)
-        parts = {bundle.manifest["name"]: bundle for bundle in given}
-        return _commit(home, None, opened, parts, k, {}, terms, "create")
+    after = committing.planned(
+        home, opened, {bundle.manifest["name"]: bundle for bundle in given}, k, {}, terms.policy == "average"
+    )
+    return committing.new(after, terms.read_content)
 
 
 def add(
@@ -78,21 +76,16 @@ def add(
     Raises:
       ConfigError: the model has an expert of that name; `replace` exchanges it. Others as `create`.
     """
-    with _held(model) as found:
+    with committing.held(model, terms.dry_run) as found:
         given = [store.open_bundle(path, None) for path in bundles]
-        k = found.manifest["top_k"] if top_k is None else top_k
         for bundle in given:
             if bundle.manifest["name"] in found.bundles:
                 raise errors.ConfigError(
                     f"{found.directory} has an expert '{bundle.manifest['name']}'; "
                     f"use replace to exchange it for {bundle.directory}"
                 )
-        admit(found.anchor, given, found.bundles, k, terms)
-        if terms.dry_run:
-            return None
-        parts = {**found.bundles, **{bundle.manifest["name"]: bundle for bundle in given}}
         name = given[0].manifest["name"] if len(given) == 1 else ""
-        return _commit(found.directory, found, found.anchor, parts, k, found.manifest["calibration"], terms, "add", name)
+        return _let_in(found, given, found.bundles, top_k, terms, "add", name)
 
 
 def replace(
@@ -103,7 +96,7 @@ def replace(
     Raises:
       PolicyError: there is no such expert, its version is higher, or biases of others were fitted with it. Others as `create`.
     """
-    with _held(model) as found:
+    with committing.held(model, terms.dry_run) as found:
         new = store.open_bundle(bundle, None)
         name, version = new.manifest["name"], new.manifest["version"]
         check_known(found, name)
@@ -114,43 +107,32 @@ def replace(
                 "is it an old copy? pass --allow_older to go back to it"
             )
         check_separable(found, name)
-        others = {other: kept for other, kept in found.bundles.items() if other != name}
-        k = found.manifest["top_k"] if top_k is None else top_k
-        admit(found.anchor, [new], others, k, terms)
-        if terms.dry_run:
-            return None
-        calibration = {other: entry for other, entry in found.manifest["calibration"].items() if other != name}
-        return _commit(found.directory, found, found.anchor, {**others, name: new}, k, calibration, terms, "replace", name)
+        return _let_in(found, [new], _without(found.bundles, name), top_k, terms, "replace", name)
 
 
 def remove(model: epath.PathLike, name: str, out: epath.PathLike | None = None, dry_run: bool = False) -> models.Model | None:
     """Takes an expert out: in place its bytes are deleted; with `out` a smaller model is written there, and this one stays.
 
-    Returns None for a dry run.
+    Where an interrupted `remove` of this expert left bytes behind, they are deleted.
 
     Raises:
       PolicyError: there is no such expert, or biases of others were fitted with it. ConfigError: it is `public`.
     """
-    with _held(model) as found:
+    with committing.held(model, dry_run) as found:
+        if name not in found.bundles and out is None and not dry_run and _was_removed(found, name):
+            return committing.finish(found)
         check_known(found, name)
         check_separable(found, name)
         if dry_run:
             return None
-        kept = {other: bundle for other, bundle in found.bundles.items() if other != name}
+        kept = _without(found.bundles, name)  # they were let in before
         k = min(found.manifest["top_k"], len(kept) + 1)
-        calibration = {other: entry for other, entry in found.manifest["calibration"].items() if other != name}
-        terms = Terms(policy="report")  # those that stay were let in before
-        left = found.bundles[name].manifest
-        size = {"d_ff": left["d_ff"], "rank": left["rank"]}
-        if out is None:
-            return _commit(found.directory, found, found.anchor, kept, k, calibration, terms, "remove", name, size)
-        home = epath.Path(out)
-        manifest_lib.check_free(home)
-        with _made(home), workdir.lock(home):
-            manifest_lib.fresh(home)
-            copying.copy(found.anchor, home / "anchor")
-            average = dataclasses.replace(terms, policy="average") if found.shared is not None else terms
-            return _commit(home, None, found.anchor, kept, k, calibration, average, "create")
+        calibration = _without(found.manifest["calibration"], name)
+        home = found.directory if out is None else epath.Path(out)
+        after = committing.planned(home, found.anchor, kept, k, calibration, found.shared is not None)
+        if out is not None:
+            return committing.new(after, read_content=False)
+        return committing.commit(home, found, after, "remove", name=name)
 
 
 def calibrate(model: epath.PathLike, entries: Mapping[str, Any], fitted: models.Model | None = None) -> models.Model:
@@ -164,15 +146,16 @@ def calibrate(model: epath.PathLike, entries: Mapping[str, Any], fitted: models.
     Raises:
       StorageError: the model is another by now.
     """
-    with _held(model) as found:
+    with committing.held(model) as found:
         if fitted is not None and fitted.tree_digest != found.tree_digest:
             raise errors.StorageError(f"{found.directory} was changed while its biases were fitted; calibrate again")
-        terms, k = Terms(policy="report"), found.manifest["top_k"]
-        return _commit(found.directory, found, found.anchor, found.bundles, k, dict(entries), terms, "calibrate")
+        k, averaged = found.manifest["top_k"], found.shared is not None
+        after = committing.planned(found.directory, found.anchor, found.bundles, k, entries, averaged)
+        return committing.commit(found.directory, found, after, "calibrate")
 
 
 def revert(model: epath.PathLike, bundles: Sequence[epath.PathLike], terms: Terms = Terms()) -> models.Model | None:
-    """Undoes the last operation that took effect.
+    """Undoes the last operation that took effect, so that the tree digest is the one before it.
 
     Args:
       model: the directory.
@@ -181,8 +164,9 @@ def revert(model: epath.PathLike, bundles: Sequence[epath.PathLike], terms: Term
 
     Raises:
       PolicyError: there is nothing to undo, or the bundle with the digest that left was not given.
+      ConfigError: a bundle was given that has not to come back.
     """
-    with _held(model) as found:
+    with committing.held(model, terms.dry_run) as found:
         plan = history.revert_plan(history.settled(history.read(model), found.tree_digest))
         given = {bundle.manifest["digest"]: bundle for bundle in (store.open_bundle(path, None) for path in bundles)}
         for name, digest in plan["add"].items():
@@ -191,36 +175,104 @@ def revert(model: epath.PathLike, bundles: Sequence[epath.PathLike], terms: Term
                     f"expert '{name}' with digest {digest} has to come back and its bytes are gone; "
                     "ask its owner for that very bundle and pass --expert=DIR"
                 )
-        back = [given[digest] for digest in plan["add"].values()]
-        parts = {name: b for name, b in found.bundles.items() if name not in {*plan["remove"], *plan["add"]}}
-        restore = plan["restore"]
-        k = restore.get("top_k", found.manifest["top_k"])
-        admit(found.anchor, back, parts, k, terms)
+        for digest in sorted(set(given) - set(plan["add"].values())):
+            raise errors.ConfigError(
+                f"{given[digest].label} has not to come back to revert '{plan['operation']}'; leave it out"
+            )
+        kept = {name: b for name, b in found.bundles.items() if name not in {*plan["remove"], *plan["add"]}}
+        restored = found.manifest | plan["restore"]
+        admit(found.anchor, list(given.values()), kept, restored["top_k"], terms, found.manifest["calibration"])
         if terms.dry_run:
             return None
-        parts |= {bundle.manifest["name"]: bundle for bundle in back}
-        calibration = restore.get("calibration", found.manifest["calibration"])
-        return _commit(
-            found.directory, found, found.anchor, parts, k, calibration, terms, "revert", facts={"of": plan["operation"]}
+        parts = kept | {bundle.manifest["name"]: bundle for bundle in given.values()}
+        averaged = restored["shared"] is not None
+        after = committing.planned(found.directory, found.anchor, parts, restored["top_k"], restored["calibration"], averaged)
+        facts = {"of": plan["operation"]}
+        return committing.commit(
+            found.directory, found, after, "revert", terms.read_content, facts=facts, expect=plan["expect"]
         )
 
 
+def _let_in(
+    found: models.Model,
+    given: Sequence[store.Artefact],
+    kept: Mapping[str, store.Artefact],
+    top_k: int | None,
+    terms: Terms,
+    operation: str,
+    name: str,
+) -> models.Model | None:
+    """Commits new bundles beside those that stay, if they are let in."""
+    _check_policy(found, given, kept, terms.policy)
+    k = found.manifest["top_k"] if top_k is None else top_k
+    calibration = {other: entry for other, entry in found.manifest["calibration"].items() if other in kept}
+    admit(found.anchor, given, kept, k, terms, calibration)
+    if terms.dry_run:
+        return None
+    parts = {**kept, **{bundle.manifest["name"]: bundle for bundle in given}}
+    averaged = found.shared is not None or terms.policy == "average"
+    after = committing.planned(found.directory, found.anchor, parts, k, calibration, averaged)
+    return committing.commit(found.directory, found, after, operation, terms.read_content, name)
+
+
+def _check_policy(
+    found: models.Model, given: Sequence[store.Artefact], kept: Mapping[str, store.Artefact], policy: str
+) -> None:
+    """Raises ConfigError for a policy that a model's own contradicts: leaves are averaged over all its experts or over none."""
+    if policy == "report" and found.shared is not None and any(map(store.carried, given)):
+        raise errors.ConfigError(
+            f"{found.directory} averages shared leaves; pass --anchor_policy=average, or create another model"
+        )
+    left_out = sorted(name for name, bundle in kept.items() if store.carried(bundle))
+    if policy == "average" and found.shared is None and left_out:
+        raise errors.ConfigError(
+            f"{found.directory} leaves the shared leaves of {', '.join(left_out)} out; create a new model to average them"
+        )
+
+
+def _without(members: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {other: member for other, member in members.items() if other != name}
+
+
+def _was_removed(model: models.Model, name: str) -> bool:
+    """Whether the last operation took this expert out."""
+    done = history.settled(history.read(model.directory), model.tree_digest)
+    return bool(done) and done[-1].operation == "remove" and done[-1].what.get("name") == name
+
+
 def admit(
-    anchor: store.Artefact, given: Sequence[store.Artefact], present: Mapping[str, store.Artefact], top_k: int, terms: Terms
+    anchor: store.Artefact,
+    given: Sequence[store.Artefact],
+    present: Mapping[str, store.Artefact],
+    top_k: int,
+    terms: Terms,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Report:
     """Checks new bundles against an anchor and the experts that are there: manifests, then routers, then carried leaves.
+
+    Args:
+      anchor: the model's.
+      given: what is to be let in.
+      present: experts that stay.
+      top_k: of the model that comes out.
+      terms: on which it is let in.
+      calibration: of the experts that stay: routers are probed as they are used.
 
     Raises:
       FlexjaxError: a row of the report is refused; if that is known from the manifests, no tensor is opened.
     """
     rows = compatibility.report(anchor, given, top_k, terms.policy, terms.trust, len(present))
     if all(row.verdict != compatibility.REFUSED for row in rows):
-        for bundle in given:
-            store.check_files(bundle)
-        everybody = [*present.values(), *given]
-        rows += compatibility.routers(everybody)
-        rows += [row for bundle in given for row in compatibility.drift(anchor, bundle)]
-        rows += _claims(anchor, {bundle.manifest["name"]: bundle for bundle in everybody})
+        used = models.calibrated(present, calibration or {})
+        try:
+            for bundle in given:
+                store.check_files(bundle)
+            everybody = {**used, **{bundle.manifest["name"]: bundle for bundle in given}}
+            rows += compatibility.routers(list(everybody.values()))
+            rows += [row for bundle in given for row in compatibility.drift(anchor, bundle)]
+            rows += _claims(anchor, everybody)
+        except errors.IntegrityError as error:  # the report says so too
+            rows.append(compatibility.Row("", "content", "as stated", "damaged or hostile", compatibility.REFUSED, str(error)))
     terms.announce(rows)
     compatibility.check(rows)
     return rows
@@ -256,81 +308,3 @@ def check_separable(model: models.Model, name: str) -> None:
             f"biases of {', '.join(sorted(tied))} were fitted jointly with '{name}'; first take that back "
             f"(merge calibrate --model={model.directory} --revert), or calibrate each expert alone"
         )
-
-
-@contextmanager
-def _held(directory: epath.PathLike) -> Iterator[models.Model]:
-    """A model that nobody else changes meanwhile."""
-    manifest_lib.read(directory, "model")  # what is no model is not locked either
-    home = epath.Path(directory)
-    with workdir.lock(home):
-        yield models.open_model(home)
-
-
-@contextmanager
-def _made(home: epath.Path) -> Iterator[None]:
-    """A directory that can be locked."""
-    if workdir.is_local(home):
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise errors.StorageError(f"cannot write {home}: {error.strerror or error}; check space and permissions") from None
-    yield
-
-
-def _commit(
-    home: epath.Path,
-    before: models.Model | None,
-    anchor: store.Artefact,
-    bundles: Mapping[str, store.Artefact],
-    top_k: int,
-    calibration: Mapping[str, Any],
-    terms: Terms,
-    operation: str,
-    name: str = "",
-    facts: Mapping[str, Any] | None = None,
-) -> models.Model:
-    """Brings what is new to its place, announces the new manifest in the history, writes it, and sweeps."""
-    generation = storage.generation(home / manifest_lib.FILE)
-    if generation and (before is None or manifest_lib.read(home, "model") != before.manifest):
-        raise errors.StorageError(f"{home} was changed meanwhile by somebody else; run the command again")
-    there = storage.files(home)  # what others bring from now on is not ours to sweep
-    for bundle in bundles.values():
-        place = home / "experts" / bundle.manifest["digest"]
-        if bundle.directory != place and not _is_there(place, bundle):
-            try:
-                copying.copy(bundle, place, terms.read_content)
-            except errors.IntegrityError:
-                storage.delete(place)  # what a hostile bundle left must not stop the model from being verified
-                raise
-    averaged = terms.policy == "average" or (before is not None and before.shared is not None)
-    shared = averaging.write(home, anchor, bundles) if averaged else None
-    manifest = models.describe(anchor, bundles, top_k, calibration, shared)
-    history.record(home, history.entry(operation, before.manifest if before else None, manifest, name, facts))
-    described = card.withdraw(home)  # it names experts that may be leaving
-    manifest_lib.write(home, manifest, generation)
-    model = models.open_model(home)
-    sweep(model, there)
-    if described:
-        card.write(home)
-    return model
-
-
-def _is_there(place: epath.Path, bundle: store.Artefact) -> bool:
-    """Whether an interrupted operation has brought a whole bundle already; in a bucket it is brought again."""
-    if not workdir.is_local(place) or not storage.exists(place / manifest_lib.FILE):
-        return False
-    return manifest_lib.read(place, "expert") == bundle.manifest
-
-
-def sweep(model: models.Model, found: Mapping[str, storage.Entry]) -> None:
-    """Deletes what a model's manifest does not name, of the files that were found before it was written."""
-    kept = [f"{artefact.directory.relative_to(model.directory)}/" for artefact in model.artefacts]
-    stray: dict[str, dict[str, storage.Entry]] = {}
-    for name, entry in found.items():
-        part, _, rest = name.partition("/")
-        if part in ("experts", "shared") and not name.startswith(tuple(kept)):
-            stray.setdefault(f"{part}/{rest.partition('/')[0]}", {})[name] = entry
-    for directory, files in stray.items():
-        below = f"{directory}/"
-        storage.delete(model.directory / directory, {name.removeprefix(below): entry for name, entry in files.items()})

@@ -37,7 +37,6 @@ SIGNED_KINDS = ("anchor", "expert", "model")  # what a model averaged (kind `sha
 MAX_BYTES = 4096  # of a signature file, and of a key file
 FIELDS = {"algorithm": ALGORITHM, "format": str(FORMAT), "key": "[0-9a-f]{64}", "signature": "[0-9a-f]{128}"}
 TRUST_FIELDS = {"keys", "revoked", "least_version"}
-DIGEST = re.compile(r"[0-9a-f]{64}")  # and a key
 PATTERN = re.compile(r"\*|[a-z0-9][a-z0-9._-]{0,62}\*?|(anchor|model):([0-9a-f]{64}|[0-9a-f]{0,63}\*)")
 
 PRIME = 2**255 - 19  # of the field of edwards25519 (RFC 8032, section 5.1)
@@ -181,7 +180,7 @@ def load_trust(path: epath.PathLike) -> Trust:
     if not isinstance(keys, dict) or not isinstance(revoked, list) or not isinstance(least, dict):
         raise errors.ConfigError(f"trust file {path}: keys must be an object, revoked a list and least_version an object")
     for entry in [*keys, *revoked]:
-        if not isinstance(entry, str) or not DIGEST.fullmatch(entry):
+        if not isinstance(entry, str) or not provenance.DIGEST.fullmatch(entry):
             raise errors.ConfigError(f"trust file {path}: {str(entry)[:70]!r} must be 64 lower-case hex digits")
     for name, version in least.items():
         if not manifest_lib.NAME.fullmatch(name) or type(version) is not int or version < 1:

@@ -89,6 +89,19 @@ def test_signed_by_whom(run, refuse, commands, house, anchor, code_expert, tmp_p
     said = run("verify", f"--model={tmp_path / 'new'}", f"--trusted_keys={trust}")
     assert any("trusted" in text or key in text for text in said["signatures"].values()), said
     assert run("verify", f"--model={house / 'model'}")["signature"].startswith("unsigned")
+    holder = {"owner": "Clinic A", "names": ["math", "model:*"]}
+    trust.write_text(json.dumps({"keys": {key: holder}}))
+    verify = ["verify", f"--model={tmp_path / 'new'}", f"--trusted_keys={trust}"]
+    refuse(commands.merge, verify, POLICY, "model", "unsigned")
+    run("sign", f"--model={tmp_path / 'new'}", f"--key={tmp_path / 'key'}")
+    assert "signed by Clinic A" in run(*verify)["signature"]
+    anchored = holder | {"names": ["math", "model:*", "anchor:*"]}
+    trust.write_text(json.dumps({"keys": {key: anchored}}))
+    refuse(commands.merge, verify, POLICY, "anchor", "unsigned")
+    digest = json.loads((tmp_path / "new" / "manifest.json").read_bytes())["digest"]
+    trust.write_text(json.dumps({"keys": {key: holder | {"names": ["math"]}}, "revoked": [digest]}))
+    refuse(commands.merge, verify, POLICY, digest, "revoked")
+    trust.write_text(json.dumps({"keys": {key: holder | {"names": ["math"]}}}))
     refuse(commands.merge, ["verify", f"--model={house / 'expert'}", f"--trusted_keys={trust}"], POLICY, "'math'", "unsigned")
     run("card", f"--model={tmp_path / 'new'}")
     assert "math" in (tmp_path / "new" / "README.md").read_text()
@@ -106,6 +119,9 @@ def test_opted_out_and_certified(run, refuse, commands, model, house, tmp_path):
     made = run(*certify)
     assert json.loads((tmp_path / "model.without-code.json").read_bytes())["claims"] == made["claims"]
     assert made["signature"] and made["claims"]["masked, the expert cannot matter"]["logits_bit_equal"]
+    proof = f"--certificate={tmp_path / 'model.without-code.json'}"
+    assert run("verify", proof, f"--model={model}")["certificate"]["key"] == made["signature"]["key"]
+    refuse(commands.merge, ["verify", proof, f"--model={house.parent / 'math' / 'model'}x"], STORAGE, "does not exist")
     refuse(commands.merge, ["certify", f"--model={model}", "--removed=nobody"], POLICY, "'nobody'")
 
 
@@ -124,6 +140,9 @@ def test_calibrated_and_back(run, refuse, commands, model, corpus):
     assert found.bundles["math"].manifest["digest"] == run("show", f"--model={model}")["model"]["experts"]["math"]
     assert max(alone["fits"]["math"]["after"]) <= 0.2 + 1e-4
     assert run("verify", f"--model={model}")["sound"]
+    before = snapshot(model)
+    run("calibrate", f"--model={model}", "--revert", "--dry_run")
+    assert snapshot(model) == before
     one = json.dumps(found.manifest["calibration"]["math"])
     run("remove", f"--model={model}", "--name=code")
     assert json.dumps(models.open_model(model).manifest["calibration"]["math"]) == one

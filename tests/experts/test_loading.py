@@ -1,5 +1,6 @@
 """A model read onto a mesh is the model that was read into memory and laid there."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -129,6 +131,32 @@ def test_through_the_devices(home, mesh, monkeypatch):
     model, mesh = models.open_model(home / "model"), mesh_of(mesh)
     _, leaves = loading._plan(model.anchor, model.bundles, 2, mesh, BY_WIDTH)
     check_equal(tree.unflatten(loading._read_together(leaves, mesh)), laid(model, mesh, 2, BY_WIDTH)[1])
+
+
+def test_processes_compare_what_takes_the_place_of_tensors_too(home, monkeypatch):
+    """A calibrated bias or an averaged leaf is in no digest of an artefact."""
+
+    class Compared(Exception):
+        pass
+
+    def exchange(name, value):
+        seen.append(value)
+        raise Compared
+
+    seen, model, mesh = [], models.open_model(home / "model"), mesh_of("fsdp 8")
+    monkeypatch.setattr(jax, "process_index", lambda: 7)  # so that the devices seem to be another's
+    monkeypatch.setattr(loading.distributed, "exchange", exchange)
+    path, other = "expert/router/bias", store.open_anchor(home / "anchor")
+    bias = model.bundles["alpha"].tensor(path)
+    averaged = [dataclasses.replace(other, manifest={**other.manifest, "digest": digest}) for digest in ("1" * 64, "2" * 64)]
+    for instead in ({}, {path: bias - 1}, {path: bias - 2}, {path: bias - 1}):
+        bundles = {**model.bundles, "alpha": dataclasses.replace(model.bundles["alpha"], instead=instead)}
+        with pytest.raises(Compared):
+            loading.load(model.anchor, bundles, 2, mesh)
+    for leaf in averaged:
+        with pytest.raises(Compared):
+            loading.load(dataclasses.replace(model.anchor, instead={"head/kernel": leaf}), model.bundles, 2, mesh)
+    assert seen[1] == seen[3] and len(set(seen)) == 5
 
 
 @pytest.mark.parametrize("processes", [1, 3, 4, 13])

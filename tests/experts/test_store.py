@@ -12,7 +12,8 @@ import pytest
 import tensorstore
 
 from flexjax import config as config_lib
-from flexjax import errors, tree
+from flexjax import errors, storage, tree
+from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import copying, models, publishing, slices, store, surgery
 from flexjax.experts import manifest as manifest_lib
 from flexjax.governance import merging
@@ -402,6 +403,74 @@ def test_tokenizers_get_their_fixed_name_and_are_checked(copy):
     for read in (store.tokenizer_path, lambda a: copying.copy(a, copy / "target"), store.Artefact.verify):
         with pytest.raises(errors.IntegrityError, match=r"tokenizer\.model is not the tokenizer"):
             read(anchor)
+
+
+def test_the_tokenizer_is_made_of_the_bytes_that_were_verified(tmp_path, monkeypatch):
+    tokenizer_lib.train(["some words, and some more words\n"] * 9, 300, tmp_path / "own.model")
+    anchor = publishing.write_anchor(
+        tmp_path / "anchor", CONFIG, tmp_path / "own.model",
+        lambda writer: writer.put_tree({**SHARED, "expert": EXPERTS["public"]}), rows="mean", training={},
+    )  # fmt: skip
+    read_small = storage.read_small
+
+    def swapped_after(path, *arguments):
+        data = read_small(path, *arguments)
+        path.write_bytes(b"swapped")
+        return data
+
+    monkeypatch.setattr(storage, "read_small", swapped_after)
+    assert store.tokenizer(anchor).digest == anchor.manifest["tokenizer"]["digest"]
+    with pytest.raises(errors.IntegrityError, match=r"tokenizer\.model is not the tokenizer"):
+        store.tokenizer(anchor)
+
+
+CARRIED = {
+    "no object": ([], "no sound entry of tensor shared/head/kernel"),
+    "no shape": ({"dtype": "float32"}, "no sound entry of tensor shared/head/kernel"),
+    "many dimensions": ({"shape": [1] * 9}, "no sound entry of tensor shared/head/kernel"),
+    "no slices": ({"dtype": "float32", "shape": [8, 11]}, "must hold a dtype of"),
+    "giant shape": ({"dtype": "float32", "shape": [2**40], "slices": [], "max": 0, "rms": 0}, "shared/head/kernel has shape"),
+    "few slices": ({"dtype": "float32", "shape": [8, 11], "slices": [], "max": 0, "rms": 0}, "must have 1 slices"),
+}
+
+
+@pytest.mark.parametrize("case", CARRIED)
+def test_shared_leaves_are_checked_without_an_anchor_too(copy, case):
+    stated, message = CARRIED[case]
+    forging.forge(copy / "alpha", lambda m: m["tensors"].update({"shared/head/kernel": stated}))
+    with pytest.raises(errors.IntegrityError, match=message):
+        store.open_bundle(copy / "alpha", None)
+
+
+def test_shared_leaves_of_any_shape_are_sound_without_an_anchor(copy):
+    forging.forge(copy / "alpha", lambda m: m["tensors"].update({"shared/layers/x": m["tensors"]["expert/ffn/up"]}))
+    assert store.carried(store.open_bundle(copy / "alpha", None)) == ["layers/x"]
+    forging.forge(copy / "beta", lambda m: m["tensors"].update({"shared/../../x": m["tensors"]["expert/ffn/up"]}))
+    with pytest.raises(errors.IntegrityError, match="unexpected tensor 'shared/"):
+        store.open_bundle(copy / "beta", None)
+
+
+QUANTILES = {
+    "one": [0.5],
+    "descending": [0.9, 0.5, 0.1],
+    "twice": [0.1, 0.5, 0.5],
+    "without the median": [0.1, 0.9],
+    "beyond 1": [0.5, 1.5],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("case", QUANTILES)
+def test_quantiles_that_nobody_can_interpolate_are_refused(copy, case):
+    quantiles = QUANTILES[case]
+    forging.forge(copy / "alpha", lambda m: m.update(margins={"quantiles": quantiles, "values": [[0.0] * len(quantiles)] * 2}))
+    with pytest.raises(errors.IntegrityError, match=r"ascending quantiles, 0\.5 among them"):
+        store.open_bundle(copy / "alpha", CONFIG)
+
+
+def test_two_quantiles_are_enough(copy):
+    forging.forge(copy / "alpha", lambda m: m.update(margins={"quantiles": [0.5, 1], "values": [[0.0, 1.0]] * 2}))
+    assert store.open_bundle(copy / "alpha", CONFIG).manifest["margins"]["quantiles"] == [0.5, 1]
 
 
 def test_anchors_without_a_tokenizer(tmp_path):

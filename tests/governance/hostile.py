@@ -279,16 +279,17 @@ NUMBERS = {
         base="delta",
     ),
     "evaluation beyond every float": stated("evaluation", {"math": {"bits_per_byte": 10**400}}),
-    "margins beyond every float": stated("margins", {"quantiles": [0.5], "values": [[10**400], [0.0]]}),
+    "margins beyond every float": stated("margins", {"quantiles": [0.5, 0.9], "values": [[10**400, 0.0], [0.0, 0.0]]}),
     "epsilon beyond every float": stated("privacy", {"dp": "dp-sgd", "epsilon": 10**400, "delta": 1e-5}),
     "operations beyond every float": stated("training", {"flops": 10**400}),
     "evaluation below nothing": stated("evaluation", {"math": {"bits_per_byte": -1.0, "anchor": 2.0}}),
-    "quantiles that are none": stated("margins", {"quantiles": [-7.0], "values": [[0.0], [0.0]]}),
-    "huge margins": stated("margins", {"quantiles": [0.5], "values": [[1e308], [1e308]]}),
+    "quantiles that are none": stated("margins", {"quantiles": [-7.0, 0.5], "values": [[0.0, 0.0]] * 2}),
+    "huge margins": stated("margins", {"quantiles": [0.5, 0.9], "values": [[1e308, 1e308]] * 2}),
     "margins of another number of layers": forged(
-        lambda m: m.update(margins={"quantiles": [0.5], "values": [[0.0]] * 3}), "'alpha'", "margins"
+        lambda m: m.update(margins={"quantiles": [0.5, 0.9], "values": [[0.0, 1.0]] * 3}), "'alpha'", "margins"
     ),
-    "ragged margins": stated("margins", {"quantiles": [0.5], "values": [[0.0], [0.0, 1.0]]}),
+    "ragged margins": stated("margins", {"quantiles": [0.5, 0.9], "values": [[0.0, 1.0], [0.0]]}),
+    "margins without a median": stated("margins", {"quantiles": [0.1, 0.9], "values": [[0.0, 1.0]] * 2}),
     "margins of every token": stated("margins", {"quantiles": [i / 100 for i in range(100)], "values": [[0.0] * 100] * 2}),
     "negative epsilon": stated("privacy", {"dp": "dp-sgd", "epsilon": -1.0, "delta": 1e-5}),
     "no privacy, dressed up": stated("privacy", {"dp": "none", "epsilon": 0.1, "delta": 1e-9}),

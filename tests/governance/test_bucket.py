@@ -90,6 +90,20 @@ def test_from_a_disk_into_a_bucket_and_back(local, bucket, tmp_path):  # noqa: F
     assert back.tree_digest == create(tmp_path / "alone", local, ("alpha",)).tree_digest
 
 
+def test_an_addition_that_was_cut_off_can_be_repeated(home, bucket, gcs, monkeypatch):  # noqa: F811
+    create(bucket / "model", home, ("alpha", "beta"))
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "record", cut)
+        with pytest.raises(KeyboardInterrupt):
+            merging.add(bucket / "model", [home / "gamma"])
+    models.verify(merging.add(bucket / "model", [home / "gamma"]))
+    models.verify(merging.replace(bucket / "model", home / "gamma"))
+
+
 def test_who_loses_a_race_loses_nothing(home, bucket, gcs, monkeypatch):  # noqa: F811
     create(bucket / "model", home, ("alpha", "beta"))
     original = history.record
@@ -136,5 +150,6 @@ def test_faults_leave_the_old_model_or_the_new_one(home, bucket, gcs, seed):  # 
     if found.tree_digest == old:
         found = merging.add(bucket / "model", [home / "gamma"])
     assert found.tree_digest == new
-    merging.sweep(found, storage.files(bucket / "model"))
+    merging.remove(bucket / "model", "gamma")  # sweeps what was left over
+    found = merging.add(bucket / "model", [home / "gamma"])
     models.verify(found)

@@ -11,7 +11,7 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors, tree
-from flexjax.experts import slices, store, surgery
+from flexjax.experts import models, slices, store, surgery
 from flexjax.governance import calibration, layerwise, margins
 from flexjax.model import transformer
 from tests.model import noise
@@ -315,3 +315,26 @@ def test_biases_are_replaced_by_name():
     for name in ("delta", "public"):
         with pytest.raises(errors.PolicyError, match=f"no expert '{name}' with a bias"):
             calibration.with_biases(PARAMS, BANKS, {name: np.zeros(3, np.float32)})
+
+
+def test_a_model_is_fitted_as_it_is_used(anchor, bundles, text):
+    """Jointly with its own top_k; on averaged leaves nobody is fitted alone."""
+    manifest = {"top_k": 2, "calibration": {}, "shared": None}
+    model = models.Model(anchor.directory, manifest, anchor, dict(bundles))
+    fits, tied = calibration.of_model(model, text, 0.3, together=True)
+    expected = calibration.jointly(anchor, bundles, text, 0.3, top_k=2)
+    assert tied == ["alpha", "beta", "gamma"]
+    for name, fit in expected.items():
+        np.testing.assert_array_equal(fits[name].bias, fit.bias)
+    plain, nobody = calibration.of_model(model, text, 0.3)
+    assert nobody == []
+    averaged = dataclasses.replace(anchor, label="averaged")
+    averaged = dataclasses.replace(
+        averaged, manifest={"tensors": {"embed/embedding": anchor.manifest["tensors"]["embed/embedding"]}},
+        instead={"embed/embedding": -anchor.tensor("embed/embedding")},
+    )  # fmt: skip
+    shared = {"digest": "", "experts": dict.fromkeys(bundles, "")}
+    model = dataclasses.replace(model, manifest={**manifest, "shared": shared}, shared=averaged)
+    moved, everybody = calibration.of_model(model, text, 0.3)
+    assert everybody == ["alpha", "beta", "gamma"]
+    assert (moved["alpha"].bias != plain["alpha"].bias).any()

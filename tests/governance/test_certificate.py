@@ -7,7 +7,7 @@ import pytest
 
 from flexjax import errors, tree
 from flexjax.experts import models, publishing, store, surgery
-from flexjax.governance import certificate, history, merging, signatures
+from flexjax.governance import certificate, history, masking, merging, signatures
 from flexjax.model import router
 from tests.experts import forging
 from tests.governance import parts
@@ -138,21 +138,88 @@ def test_a_mask_that_leaks_gets_no_certificate(home, tmp_path, monkeypatch):
 
 def test_a_removal_that_is_none_gets_no_certificate(home, tmp_path, monkeypatch):
     """Broken on purpose: what is left is not what masking gives."""
-    model, load = left(home, tmp_path / "model"), models.load
+    model, with_slot = left(home, tmp_path / "model"), masking._with_slot
 
-    def other(model):
-        architecture, params = load(model)
-        calls = [0]
-        original = surgery.split
+    def other(*arguments):
+        wider, params = with_slot(*arguments)
+        return wider, {**params, "head": tree.map_with_path(lambda _, leaf: leaf * np.float32(1.01), params["head"])}
 
-        def split(params, banks):
-            calls[0] += 1
-            shared, experts = original(params, banks)
-            return {**shared, "head": tree.map_with_path(lambda _, leaf: leaf * 1.01, shared["head"])}, experts
-
-        monkeypatch.setattr(surgery, "split", split)
-        return architecture, params
-
-    monkeypatch.setattr(models, "load", other)
+    monkeypatch.setattr(masking, "_with_slot", other)
     with pytest.raises(errors.IntegrityError, match="masking 'beta' and removing it differ"):
         certificate.certify(model, "beta")
+
+
+@pytest.mark.parametrize(("name", "size"), [("beta", {"d_ff": 3, "rank": 0}), ("beta", {"d_ff": 6, "rank": 0})])
+def test_only_the_bank_of_the_slot_is_copied(home, tmp_path, name, size):
+    model = merging.create(tmp_path / "model", home / "anchor", [home / part for part in ("alpha", "gamma", "delta")], 2)
+    architecture, params = models.load(model)
+    before = {path: leaf.copy() for path, leaf in tree.flatten(params).items()}
+    wider, filled = masking._with_slot(architecture, params, name, size)
+    masking._fill(wider, filled, name, "NaN")
+    _, experts = surgery.split(filled, wider.banks)
+    assert all(np.isnan(leaf).all() for leaf in tree.flatten(experts[name]).values())
+    bank = f"w{size['d_ff']}"
+    for path, leaf in tree.flatten(params).items():
+        assert path.startswith(f"experts/{bank}/") or tree.flatten(filled)[path] is leaf
+        np.testing.assert_array_equal(leaf, before[path])
+    _, held = surgery.split(params, architecture.banks)
+    for other, expert in held.items():
+        assert tree.flatten(experts[other]).keys() == tree.flatten(expert).keys()
+        for path, leaf in tree.flatten(expert).items():
+            np.testing.assert_array_equal(tree.flatten(experts[other])[path], leaf)
+
+
+def test_the_last_expert_gets_a_certificate_too(home, tmp_path):
+    made = certificate.certify(left(home, tmp_path / "model", ("beta",)), "beta")
+    assert made["model"]["experts"] == {} and made["claims"]["masked, the expert cannot matter"]["slot"] == {
+        "d_ff": 3,
+        "rank": 0,
+    }
+
+
+def test_removed_into_another_directory(home, tmp_path):
+    whole, smaller = tmp_path / "whole", tmp_path / "smaller"
+    merging.create(whole, home / "anchor", [home / name for name in ("alpha", "beta", "epsilon")], 2)
+    merging.remove(whole, "epsilon", smaller)
+    with pytest.raises(errors.PolicyError, match="no removal"):
+        certificate.certify(smaller, "epsilon")
+    made = certificate.certify(smaller, "epsilon", former=whole)
+    assert made["removed"]["digest"] == models.open_model(whole).manifest["experts"]["epsilon"]
+    assert made["claims"]["masked, the expert cannot matter"]["slot"] == {"d_ff": 6, "rank": 2}
+    with pytest.raises(errors.PolicyError, match="no expert 'gamma'"):
+        certificate.certify(smaller, "gamma", former=whole)
+    merging.remove(whole, "alpha")
+    with pytest.raises(errors.PolicyError, match="other experts differ"):
+        certificate.certify(smaller, "epsilon", former=whole)
+
+
+def test_a_reader_checks_a_certificate(home, tmp_path):
+    model = left(home, tmp_path / "model")
+    key = signatures.generate_key(tmp_path / "key")
+    file = certificate.certify(model, "beta", key=tmp_path / "key")["file"]
+    opened = models.open_model(model)
+    assert certificate.verify(file, opened)["key"] == key
+    trust = signatures.Trust({key: signatures.Holder("House", ())}, frozenset(), {})
+    assert "signed by House" in certificate.verify(file, None, trust)["text"]
+    for wrong in (signatures.Trust({}, frozenset(), {}), signatures.Trust(trust.keys, frozenset([key]), {})):
+        with pytest.raises(errors.PolicyError, match="revoked or unknown"):
+            certificate.verify(file, opened, wrong)
+    merging.remove(model, "alpha")
+    with pytest.raises(errors.IntegrityError, match="is of model"):
+        certificate.verify(file, models.open_model(model))
+    saved = json.loads((tmp_path / "model.without-beta.json").read_bytes())
+    for content, says in (
+        (saved | {"signature": None}, None),
+        (saved | {"scope": "all copies"}, "does not fit"),
+        (saved | {"format": 9}, "is no opt-out certificate"),
+        ({"kind": []}, "is no opt-out certificate"),
+        ([], "is no opt-out certificate"),
+    ):
+        (tmp_path / "other").write_text(json.dumps(content))
+        if says is None:
+            assert certificate.verify(tmp_path / "other")["text"].endswith("unsigned: nobody vouches for it")
+            with pytest.raises(errors.PolicyError, match="unsigned"):
+                certificate.verify(tmp_path / "other", None, trust)
+        else:
+            with pytest.raises(errors.IntegrityError, match=says):
+                certificate.verify(tmp_path / "other")

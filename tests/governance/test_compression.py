@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -410,6 +411,37 @@ def test_bits_per_byte_before_and_after(tmp_path):
     whole, alone = (f"{before['rivers'][key]:.4f}" for key in ("bits_per_byte", "anchor"))
     assert text.endswith(f"rivers: {whole} -> {after['rivers']['bits_per_byte']:.4f} bits per byte, {alone} without the expert")
     assert abs(before["rivers"]["anchor"] - before["rivers"]["bits_per_byte"]) > 1e-3
+
+
+def test_carried_leaves_are_scored_with_their_expert_and_the_anchor_without(tmp_path):
+    model = made.make_model(tmp_path, bias=-0.1)
+    anchor = store.open_anchor(model / "anchor")
+    plain = store.open_bundle(tmp_path / "parts" / "zz", made.CONFIG)
+    leaf = anchor.tensor("head/kernel")
+    shared = {"head": {"kernel": leaf + np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32)}}
+    carrying = publishing.write_bundle(
+        tmp_path / "c", "zz", anchor, plain.tensors("expert"), {}, provenance.Provenance(), shared
+    )
+    file = epath.Path(tmp_path / "text.jsonl")
+    file.write_text(json.dumps({"text": "two rivers, 42 boats. " * 20}) + "\n")
+    texts = {"rivers": [file]}
+    without, found = (compression.score(anchor, each, texts, seq_len=32, batch_size=8) for each in (plain, carrying))
+    assert found["rivers"]["anchor"] == without["rivers"]["anchor"]
+    assert abs(found["rivers"]["bits_per_byte"] - without["rivers"]["bits_per_byte"]) > 1e-2
+
+
+def test_what_somebody_else_finished_meanwhile_stays(pair, tmp_path, monkeypatch):
+    anchor, bundle = pair
+    target = tmp_path / "small"
+
+    def overtaken(*arguments, **options):
+        shutil.copytree(bundle.directory, target)
+        raise errors.StorageError("somebody else was faster")
+
+    monkeypatch.setattr(publishing, "stream_bundle", overtaken)
+    with pytest.raises(errors.StorageError, match="faster"):
+        compression.compress(anchor, bundle, target, rank=2)
+    store.open_bundle(target, CONFIG).verify()
 
 
 MEASURE = """

@@ -271,6 +271,29 @@ def test_models(anchor, write, tmp_path):
     assert differences.compare(a.directory, a.directory)["same"]
 
 
+def test_models_of_other_anchors_and_averages(anchor, write, tmp_path):
+    def model(directory, anchor, scale):
+        leaf = {"head": {"kernel": (scale * SHARED["head"]["kernel"]).astype(np.float32)}}
+        home = tmp_path / f"bundle-{directory}"
+        bundle = publishing.write_bundle(home, "alpha", anchor, EXPERTS["alpha"], {}, provenance.Provenance(), leaf)
+        return models.write_model(tmp_path / directory, anchor, {"alpha": bundle}, 2).directory
+
+    other = write_anchor(tmp_path / "other", scale=1.25)
+    a, b, c = model("a", anchor, 1.0), model("b", other, 1.0), model("c", anchor, 1.5)
+    found = differences.compare(a, b)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [(r["path"], r["relative"]) for r in found["anchor"]["tensors"]] == [("embed/embedding", pytest.approx(0.25))]
+    assert found["shared"]["tensors"] == [] and found["shared"]["unchanged"] == 1 and found["shared"]["router"] is None
+    assert "anchor changed\n" in differences.table(found) and "  embed/embedding" in differences.table(found)
+    found = differences.compare(a, c)
+    assert found["anchor"] is None
+    assert [(r["path"], r["relative"]) for r in found["shared"]["tensors"]] == [("head/kernel", pytest.approx(0.5))]
+    table = differences.table(found)
+    assert "averaged leaves changed\n" in table and "  head/kernel" in table and "anchor changed" not in table
+    plain = models.write_model(tmp_path / "plain", anchor, {"alpha": write("plain-alpha", EXPERTS["alpha"])}, 2)
+    assert differences.compare(a, plain.directory)["shared"] is None
+
+
 def test_kinds_are_not_mixed(anchor, write, tmp_path):
     bundle = write("alpha", EXPERTS["alpha"])
     with pytest.raises(errors.ConfigError, match=r"is of kind expert and .* of kind anchor"):

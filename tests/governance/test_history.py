@@ -1,5 +1,6 @@
 """History: every edited, lost or moved line is named; an operation that was killed is shown, and the next one goes on."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -76,6 +77,31 @@ def test_a_life_is_told_as_it_was(tmp_path):
     assert len(table) == 6 and table[5].split()[-1] == "done" and "remove" in table[5] and "code" in table[5]
     assert history.log(tmp_path / "other", None) == [] and "no history" in history.table([])
     assert list(tmp_path.iterdir()) == [tmp_path / "model.history.jsonl"]
+
+
+def test_sizes_of_those_who_leave_are_kept(tmp_path):
+    sizes = {"math": {"d_ff": 6, "rank": 0, "tensors": 9}, "code": {"d_ff": 6, "rank": 2}}
+    history.record(tmp_path / "model", history.entry("create", None, ADDED, sizes=sizes))
+    history.record(tmp_path / "model", history.entry("remove", ADDED, CREATED, "code", {"d_ff": 6, "rank": 2}, sizes))
+    created, removed = history.read(tmp_path / "model")
+    assert "sizes" not in created.what and removed.what["sizes"] == {"code": {"d_ff": 6, "rank": 2}}
+    assert removed.what["d_ff"] == 6 and removed.what["rank"] == 2
+    assert "sizes" not in history.entry("replace", ADDED, REPLACED, "math", sizes={}).what
+    assert "sizes" not in history.entry("calibrate", REPLACED, CALIBRATED, sizes=sizes).what
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"d_ff": "6"}, {"rank": -1}, {"d_ff": True}, {"rank": 1.0}, {"sizes": []}, {"sizes": {"../x": {"d_ff": 1, "rank": 0}}},
+        {"sizes": {"code": {"d_ff": 1}}}, {"sizes": {"code": {"d_ff": 1, "rank": None}}}, {"sizes": {"code": [1, 0]}},
+    ],
+)  # fmt: skip
+def test_sizes_that_are_none_are_refused(tmp_path, fact):
+    entry = history.entry("remove", ADDED, CREATED, "code")
+    with pytest.raises(errors.IntegrityError, match="what"):
+        history.record(tmp_path / "model", dataclasses.replace(entry, what=entry.what | fact))
+    assert not history.path(tmp_path / "model").exists()
 
 
 def test_lines_are_chained_as_sha256sum_sees_them(tmp_path):

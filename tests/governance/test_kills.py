@@ -1,5 +1,6 @@
 """Real SIGKILLs at random moments of every operation: the old model or the new one, and a second run finishes."""
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from flexjax import storage
+from flexjax import errors
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store
 from flexjax.governance import history, merging
@@ -74,10 +75,8 @@ def test_kills(tmp_path):
                 artefact.verify()
         else:
             assert operation == "create" and not old
-        if not (model / manifest_lib.FILE).exists() or models.open_model(model).tree_digest != expected.tree_digest:
+        with contextlib.suppress(errors.ConfigError):  # the same command finishes, or says that it is done
             finish(operation, model)
-        else:
-            merging.sweep(models.open_model(model), storage.files(model))
         assert snapshot(model) == snapshot(tmp_path / f"expected{number}"), f"round {number}: {operation}"
         assert history.log(model, expected.tree_digest)[-1]["state"] == "done"
     assert killed >= ROUNDS // 4, "the kills came too late to prove anything"

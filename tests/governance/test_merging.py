@@ -12,7 +12,7 @@ import pytest
 from flexjax import errors, storage, tree, workdir
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store, surgery
-from flexjax.governance import history, merging
+from flexjax.governance import history, merging, signatures
 from tests.commands.conftest import snapshot
 from tests.experts import forging
 from tests.governance import parts
@@ -208,6 +208,57 @@ def cut_after(patch, count):
     return done
 
 
+def test_a_removal_that_was_cut_off_is_finished_by_the_same_command(home, tmp_path):
+    """What opted out is gone from the disk, whatever was left of it."""
+    model = tmp_path / "model"
+    create(model, home, ("alpha", "beta"))
+    digest = models.open_model(model).manifest["experts"]["beta"]
+    merging.remove(model, "beta")
+    for left in (lambda place: shutil.copytree(home / "beta", place), lambda place: (place / "tensors").mkdir(parents=True)):
+        left(model / "experts" / digest)
+        (model / "experts" / ".DS_Store").write_bytes(b"x")
+        merging.remove(model, "beta")
+        assert [path.name for path in (model / "experts").iterdir()] == list(
+            models.open_model(model).manifest["experts"].values()
+        )
+    with pytest.raises(errors.PolicyError, match="no expert 'gamma'"):
+        merging.remove(model, "gamma")
+
+
+def test_a_revert_gives_the_model_before(home, tmp_path):
+    """Averages too, and only what left may be brought."""
+    anchor = store.open_anchor(home / "anchor")
+    parts.write_bundle(tmp_path / "beta", "beta", anchor, parts.moved(1))
+    given = [home / "alpha", tmp_path / "beta"]
+    before = merging.create(tmp_path / "model", home / "anchor", given, 2, merging.Terms("average")).tree_digest
+    merging.remove(tmp_path / "model", "beta")
+    with pytest.raises(errors.ConfigError, match="has not to come back"):
+        merging.revert(tmp_path / "model", [tmp_path / "beta", home / "gamma"], merging.Terms("average"))
+    assert merging.revert(tmp_path / "model", [tmp_path / "beta"], merging.Terms("average")).tree_digest == before
+
+
+def test_one_policy_for_all_experts_of_a_model(home, tmp_path):
+    anchor = store.open_anchor(home / "anchor")
+    for seed, name in enumerate(("beta", "gamma")):
+        parts.write_bundle(tmp_path / name, name, anchor, parts.moved(seed))
+    given = [home / "alpha", tmp_path / "beta"]
+    merging.create(tmp_path / "averaged", home / "anchor", given, 2, merging.Terms("average"))
+    merging.create(tmp_path / "plain", home / "anchor", given, 2, merging.Terms("report"))
+    with pytest.raises(errors.ConfigError, match="averages shared leaves"):
+        merging.add(tmp_path / "averaged", [tmp_path / "gamma"], terms=merging.Terms("report"))
+    with pytest.raises(errors.ConfigError, match="leaves the shared leaves of beta out"):
+        merging.add(tmp_path / "plain", [tmp_path / "gamma"], terms=merging.Terms("average"))
+
+
+def test_a_signature_of_another_state_is_withdrawn(home, tmp_path):
+    create(tmp_path / "model", home, ("alpha", "beta"))
+    signatures.generate_key(tmp_path / "key")
+    signatures.sign(tmp_path / "model", tmp_path / "key")
+    merging.remove(tmp_path / "model", "beta")
+    assert not (tmp_path / "model" / manifest_lib.SIGNATURE).exists()
+    models.verify(models.open_model(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("operation", ["create", "add", "replace", "remove"])
 def test_an_interruption_leaves_the_old_model_or_the_new_one(home, tmp_path, operation, monkeypatch):
     monkeypatch.setattr(workdir, "sync_below", lambda directory: None)  # a hundred models need not outlive a power cut
@@ -249,8 +300,9 @@ def test_an_interruption_leaves_the_old_model_or_the_new_one(home, tmp_path, ope
                 artefact.verify()
         if not committed or found.tree_digest == old:
             run()
-        else:
-            merging.sweep(found, storage.files(copy))
+        else:  # the same command, or any other, finishes
+            with contextlib.suppress(errors.ConfigError):
+                run()
         assert snapshot(copy) == files, f"{operation} cut after {count} of {total} files"
         assert history.log(copy, new)[-1]["state"] == "done"
 

@@ -258,3 +258,32 @@ def test_a_link_is_no_directory_to_delete(home, tmp_path):
 
 def test_a_disk_has_no_policies(home):
     assert storage.policies(home) == {}
+
+
+@pytest.mark.parametrize("leads", ["to a file", "nowhere"])
+def test_what_has_the_name_of_an_unfinished_file_is_not_followed(home, tmp_path, leads):
+    victim = tmp_path / "victim"
+    if leads == "to a file":
+        victim.write_bytes(b"precious")
+    os.symlink(victim, home / ".README.md.partial")
+    workdir.write(home / "README.md", b"card", ".README.md.partial")
+    assert storage.read(home / "README.md", 4) == b"card" and not os.path.lexists(home / ".README.md.partial")
+    assert (victim.read_bytes() == b"precious") if leads == "to a file" else not victim.exists()
+
+
+def test_a_directory_in_the_place_of_an_unfinished_file_is_refused(home):
+    (home / ".x").mkdir()
+    with pytest.raises(StorageError, match=f"cannot write {home}/x: "):
+        workdir.write(home / "x", b"new", ".x")
+    assert not (home / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_a_lock_is_a_regular_file(home, tmp_path, kind):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    make = {"link": lambda path: os.symlink(victim, path), "fifo": os.mkfifo, "directory": os.mkdir}
+    make[kind](home / ".lock")
+    with pytest.raises(StorageError, match=f"cannot lock with {home}/.lock: ") as caught, workdir.lock(home):
+        pass
+    assert "\n" not in str(caught.value) and victim.read_bytes() == b"precious"

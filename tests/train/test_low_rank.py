@@ -194,7 +194,8 @@ def test_gradients_of_the_factors_are_those_of_the_expanded_matrices():
 def test_an_expert_that_starts_as_the_public_one_learns():
     architecture, settings = ARCHITECTURES["pair"], tiny.settings("pair", steps=12, learning_rate=3e-2)
     shared, experts = surgery.split(params_of("pair"), architecture.banks)
-    first = {**experts["math"], **surgery.low_rank(experts["public"], MATH.rank, seed=0)}
+    shapes = {part: leaf.shape for part, leaf in experts["public"]["ffn"].items()}
+    first = {**experts["math"], **surgery.low_rank(shapes, MATH.rank, seed=0)}
     params, _ = surgery.join(
         shared, {"public": experts["public"], "math": first}, {bank.name: bank.experts for bank in architecture.banks}
     )

@@ -15,7 +15,6 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors
-from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store
 from flexjax.experts.huggingface import biasless, expansion, links
@@ -138,7 +137,7 @@ def _routers(opened: _Source, bias: str | None, sample_file: epath.PathLike | No
             "give --bias=fold (into the rows) or --bias=drop"
         )
     config = store.config_of(anchor)
-    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor)) if anchor.manifest["tokenizer"] else None
+    tokenizer = store.tokenizer(anchor) if anchor.manifest["tokenizer"] else None
     sample = biasless.sample_tokens(sample_file, tokenizer, config.vocab_size)
     after, fitted = biasless.fold(anchor, before, sample) if bias == "fold" else (before.dropped(), {})
     stored = after.rows.astype(dtype)
@@ -215,7 +214,7 @@ def _token_ids(anchor: store.Artefact) -> dict[str, Any]:
     """Special ids for a model that was not imported: its tokenizer's EOS."""
     if "huggingface" in anchor.manifest["training"] or not anchor.manifest["tokenizer"]:
         return {}
-    return {"eos_token_id": tokenizer_lib.load(store.tokenizer_path(anchor)).eos_id}
+    return {"eos_token_id": store.tokenizer(anchor).eos_id}
 
 
 def _copy_tokenizer(anchor: store.Artefact, home: epath.Path, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
