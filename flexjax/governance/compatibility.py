@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexjax import config as config_lib
-from flexjax import errors
+from flexjax import errors, tree
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import provenance, slices, store
 from flexjax.governance import signatures
@@ -246,8 +246,9 @@ def drift(anchor: store.Artefact, bundle: store.Artefact) -> list[Row]:
     rows = []
     for path in store.carried(bundle):
         moved = size = 0.0
-        theirs_at_once = slices.regroup(bundle.slices_of(f"shared/{path}"), ROWS)
-        for ours, theirs in zip(slices.regroup(anchor.slices_of(path), ROWS), theirs_at_once, strict=True):
+        rows_at_once = 1 if tree.is_stacked(path) else ROWS
+        others = slices.regroup(bundle.slices_of(f"shared/{path}"), rows_at_once)
+        for ours, theirs in zip(slices.regroup(anchor.slices_of(path), rows_at_once), others, strict=True):
             store.check_content(path, theirs, bundle.label)
             before, after = ours.astype(np.float32), theirs.astype(np.float32)
             moved += float(np.sum(np.square(after - before), dtype=np.float64))
