@@ -116,7 +116,7 @@ def _saved(plan: Plan) -> dict[str, Any] | None:
 
 def _mesh(found: dict[str, Any]) -> str:
     used = [f"{axis} {found['mesh'][axis]}" for axis in ("data", "fsdp", "tensor", "expert") if found["mesh"][axis] > 1]
-    return f"{' x '.join(used)}, {found['job']['accumulation']} micro-batches"
+    return f"{' x '.join(used) or 'one chip'}, {found['job']['accumulation']} micro-batches"
 
 
 def _table(plans: list[Plan]) -> list[str]:
