@@ -32,7 +32,6 @@ from etils import epath
 from flexjax import command, errors, memory, storage, workdir
 from flexjax import config as config_lib
 from flexjax.data import corpus, tokens
-from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store
 from flexjax.governance import (
@@ -311,9 +310,8 @@ def compress() -> dict[str, Any]:
 
 
 def _tokenize(anchor: store.Artefact, domain: str, paths: list[epath.Path], cache: str) -> tokens.TokenSource:
-    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
     vocabulary = store.config_of(anchor).vocab_size
-    return tokens.tokenize(paths, tokenizer, config_lib.DataConfig(), vocabulary, epath.Path(cache) / domain)
+    return tokens.tokenize(paths, store.tokenizer(anchor), config_lib.DataConfig(), vocabulary, epath.Path(cache) / domain)
 
 
 LETS_IN = "dry_run anchor_policy trusted_keys read_content"

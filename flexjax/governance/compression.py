@@ -22,7 +22,6 @@ from etils import epath
 
 from flexjax import config as config_lib
 from flexjax import errors, sharding, storage
-from flexjax.data import tokenizer as tokenizer_lib
 from flexjax.data import tokens
 from flexjax.eval import bits_per_byte
 from flexjax.experts import loading, provenance, publishing, slices, store
@@ -274,7 +273,7 @@ def score(
       manifest.
     """
     name, config = bundle.manifest["name"], store.config_of(anchor)
-    tokenizer = tokenizer_lib.load(store.tokenizer_path(anchor))
+    tokenizer = store.tokenizer(anchor)
     window = seq_len or anchor.manifest["training"].get("seq_len", DEFAULT_SEQ_LEN)
     theirs = dataclasses.replace(anchor, instead=_carried(bundle))
     settings = data or config_lib.DataConfig()

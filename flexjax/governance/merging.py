@@ -13,7 +13,7 @@ from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.experts import manifest as manifest_lib
 from flexjax.experts import models, store
-from flexjax.governance import committing, compatibility, health, history, signatures
+from flexjax.governance import committing, compatibility, health, history, signatures, verification
 
 Report = list[compatibility.Row]
 
@@ -57,6 +57,7 @@ def create(
     home = epath.Path(target)
     manifest_lib.check_free(home)
     opened = store.open_anchor(anchor)
+    verification.vouch(opened.directory, opened.manifest, terms.trust)
     given = [store.open_bundle(path, None) for path in bundles]
     k = compatibility.default_top_k(len(given) + 1) if top_k is None else top_k
     admit(opened, given, {}, k, terms)

@@ -259,6 +259,18 @@ def test_a_signature_of_another_state_is_withdrawn(home, tmp_path):
     models.verify(models.open_model(tmp_path / "model"))
 
 
+def test_the_anchor_is_vouched_for_where_a_trust_file_names_anchors(home, tmp_path):
+    anchor = shutil.copytree(home / "anchor", tmp_path / "anchor")
+    parts.write_bundle(tmp_path / "alpha", "alpha", store.open_anchor(anchor), owner="A")
+    key = signatures.generate_key(tmp_path / "key")
+    signatures.sign(tmp_path / "alpha", tmp_path / "key")
+    trust = signatures.Trust({key: signatures.Holder("A", ("alpha", "anchor:*"))}, frozenset(), {})
+    with pytest.raises(errors.PolicyError, match=f"anchor {anchor} is unsigned"):
+        merging.create(tmp_path / "model", anchor, [tmp_path / "alpha"], 2, merging.Terms(trust=trust))
+    signatures.sign(anchor, tmp_path / "key")
+    merging.create(tmp_path / "model", anchor, [tmp_path / "alpha"], 2, merging.Terms(trust=trust))
+
+
 @pytest.mark.parametrize("operation", ["create", "add", "replace", "remove"])
 def test_an_interruption_leaves_the_old_model_or_the_new_one(home, tmp_path, operation, monkeypatch):
     monkeypatch.setattr(workdir, "sync_below", lambda directory: None)  # a hundred models need not outlive a power cut
