@@ -3,7 +3,7 @@
 python -m flexjax.main --config=configs/math_expert.py [--config.anchor.path=DIR]
 python -m flexjax.main --config=configs/math_expert.py:mini --config.data.root=DIR
 
-Quickstart: 2 min 47 s on 2 CPU cores, anchor included; math 2.08 -> 1.82 bits per byte,
+Quickstart: 2 min 57 s on 2 CPU cores, anchor included; math 2.08 -> 1.82 bits per byte,
 public 1.80 -> 1.81.
 Variants: quickstart, mini (--config.data.root=DIR), 7b.
 """
