@@ -5,6 +5,7 @@ last committed checkpoint.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -150,10 +151,10 @@ def expert_stage(
     architecture = jobs.architecture(config)
     _check_carried(architecture, config.train.trainable, shared=True)
     trained, facts = loop.train(start(), architecture, stream, config, directory, f"expert {name}", options, origin)
-    whole = _complete(trained, start, architecture)
+    whole = functools.partial(_complete, trained, start, architecture)
     unfrozen = {path: leaf for path, leaf in tree.flatten(trained).items() if not path.startswith("experts/")}
     stated = statement.of_expert(config, anchor, architecture, whole, corpora, list(unfrozen), mesh)
-    expert = surgery.split(whole, architecture.banks)[1][name]
+    expert = surgery.split(whole(f"experts/{name}/"), architecture.banks[1:])[1][name]
     facts |= made_of | {"seed": config.seed}
     found = publishing.write_bundle(home, name, anchor, expert, facts, stated, tree.unflatten(unfrozen))
     distributed.say(f"expert '{name}': written to {home}, digest {found.manifest['digest'][:12]}")

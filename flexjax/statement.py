@@ -1,6 +1,6 @@
 """What an owner's bundle states beside its weights: counts, scores and terms, never text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
@@ -17,7 +17,7 @@ def of_expert(
     config: config_lib.Config,
     anchor: store.Artefact,
     architecture: transformer.Architecture,
-    params: tree.Tree,
+    build: Callable[[], tree.Tree],
     corpora: sources.Corpora,
     unfrozen: Sequence[str],
     mesh: Mesh,
@@ -27,16 +27,19 @@ def of_expert(
     Args:
       config: the job; `config.statement` has the owner's own words.
       anchor: the expert's.
-      architecture, params: the trained pair, on the mesh.
+      architecture, build: the trained pair, on the mesh; it is built only if something is to be measured.
       corpora: of the job.
       unfrozen: shared leaves that were trained: with some, switching the expert off does not give the anchor back.
       mesh: the devices.
 
     """
     name, words = config.expert.name, config.statement
-    source, told = corpora.source(name), None
-    if words.margins:
-        told = margins.measure(anchor, (architecture, params), source, seq_len=config.data.seq_len, mesh=mesh)
+    source, told, scores = corpora.source(name), None, {}
+    if words.margins or config.evaluation.domains:
+        params = build()
+        scores = _evaluation(config, architecture, params, corpora, unfrozen, mesh)
+        if words.margins:
+            told = margins.measure(anchor, (architecture, params), source, seq_len=config.data.seq_len, mesh=mesh)
     return provenance.Provenance(
         owner=words.owner,
         version=words.version,
@@ -47,7 +50,7 @@ def of_expert(
             "row_documents": config.expert.row_documents,
             "public_fraction": config.expert.public_fraction,
         },
-        evaluation=_evaluation(config, architecture, params, corpora, unfrozen, mesh),
+        evaluation=scores,
         margins=told,
     )
 

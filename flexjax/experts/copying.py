@@ -54,10 +54,9 @@ def copy(artefact: store.Artefact, target: epath.Path, read_content: bool = Fals
                 artefact.check_magnitude(path, magnitude)
     for name in store.tokenizer_files(artefact.manifest):
         storage.write(home / name, [store.tokenizer_bytes(artefact)])
-    if storage.exists(artefact.directory / manifest_lib.SIGNATURE):
-        storage.write(
-            home / manifest_lib.SIGNATURE, [storage.read_small(artefact.directory / manifest_lib.SIGNATURE, SIGNATURE_BYTES)]
-        )
+    signature = artefact.directory / manifest_lib.SIGNATURE
+    if storage.exists(signature):
+        storage.write(home / signature.name, [storage.read_small(signature, SIGNATURE_BYTES)])
     manifest_lib.write(home, artefact.manifest, generation=0)
 
 

@@ -11,7 +11,6 @@ from flexjax.experts import models, store
 from flexjax.governance import history, merging
 from tests.governance import parts
 from tests.storage import server
-from tests.storage.conftest import bucket, gcs, service  # noqa: F401  fixtures
 
 pytest.importorskip("google.cloud.storage")
 
@@ -24,7 +23,7 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture
-def home(local, bucket, gcs):  # noqa: F811
+def home(local, bucket, gcs):
     """Anchor and bundles in the bucket."""
     for file in sorted(path for path in local.rglob("*") if path.is_file()):
         gcs.put(f"parts/{file.relative_to(local)}", file.read_bytes())
@@ -35,12 +34,12 @@ def create(target, home, names, **terms):
     return merging.create(target, home / "anchor", [home / name for name in names], 2, merging.Terms(**terms))
 
 
-def weights(gcs):  # noqa: F811
+def weights(gcs):
     """Names of objects that hold FFN weights, below the merged model."""
     return {name for name in gcs.objects() if name.startswith("models/") and "/ffn/" in name}
 
 
-def test_the_store_copies_and_no_weight_comes_through_here(home, bucket, gcs, local, tmp_path):  # noqa: F811
+def test_the_store_copies_and_no_weight_comes_through_here(home, bucket, gcs, local, tmp_path):
     before, start = storage.traffic(), gcs.counters()
     model = create(bucket / "model", home, ("alpha", "beta"))
     moved = storage.traffic()
@@ -61,7 +60,7 @@ def test_the_store_copies_and_no_weight_comes_through_here(home, bucket, gcs, lo
     assert [row["operation"] for row in history.log(bucket / "model", after[-1].tree_digest)] == ["create", "add", "remove"]
 
 
-def test_bytes_can_be_read_before_the_store_copies_them(home, bucket, gcs, local):  # noqa: F811
+def test_bytes_can_be_read_before_the_store_copies_them(home, bucket, gcs, local):
     flipped = bytearray(gcs.get("parts/beta/tensors/expert/ffn/up/c/1/0/0"))
     flipped[5] ^= 4
     gcs.put("parts/beta/tensors/expert/ffn/up/c/1/0/0", bytes(flipped))
@@ -75,7 +74,7 @@ def test_bytes_can_be_read_before_the_store_copies_them(home, bucket, gcs, local
         models.load(model)
 
 
-def test_rows_are_always_read(home, bucket, gcs, local):  # noqa: F811
+def test_rows_are_always_read(home, bucket, gcs, local):
     name = "parts/beta/tensors/expert/router/row/c/1/0"
     gcs.put(name, gcs.get(name)[::-1])
     with pytest.raises(errors.IntegrityError, match="expert/router/row"):
@@ -83,14 +82,14 @@ def test_rows_are_always_read(home, bucket, gcs, local):  # noqa: F811
     assert not weights(gcs)
 
 
-def test_from_a_disk_into_a_bucket_and_back(local, bucket, tmp_path):  # noqa: F811
+def test_from_a_disk_into_a_bucket_and_back(local, bucket, tmp_path):
     model = create(bucket / "model", local, ("alpha", "delta"))
     models.verify(model)
     back = merging.remove(bucket / "model", "delta", tmp_path / "back")
     assert back.tree_digest == create(tmp_path / "alone", local, ("alpha",)).tree_digest
 
 
-def test_an_addition_that_was_cut_off_can_be_repeated(home, bucket, gcs, monkeypatch):  # noqa: F811
+def test_an_addition_that_was_cut_off_can_be_repeated(home, bucket, gcs, monkeypatch):
     create(bucket / "model", home, ("alpha", "beta"))
 
     def cut(*_):
@@ -104,7 +103,7 @@ def test_an_addition_that_was_cut_off_can_be_repeated(home, bucket, gcs, monkeyp
     models.verify(merging.replace(bucket / "model", home / "gamma"))
 
 
-def test_who_loses_a_race_loses_nothing(home, bucket, gcs, monkeypatch):  # noqa: F811
+def test_who_loses_a_race_loses_nothing(home, bucket, gcs, monkeypatch):
     create(bucket / "model", home, ("alpha", "beta"))
     original = history.record
 
@@ -124,7 +123,7 @@ def test_who_loses_a_race_loses_nothing(home, bucket, gcs, monkeypatch):  # noqa
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_faults_leave_the_old_model_or_the_new_one(home, bucket, gcs, seed):  # noqa: F811
+def test_faults_leave_the_old_model_or_the_new_one(home, bucket, gcs, seed):
     """G16: 503, 429, short and corrupt bodies, lost answers: identical bytes, or one error that names the object."""
     old = create(bucket / "model", home, ("alpha", "beta")).tree_digest
     new = create(bucket / "expected", home, ("alpha", "beta", "gamma")).tree_digest
