@@ -5,12 +5,14 @@ The rule (windows, EOS, what is scored) stands with `data.pipeline.evaluation_ba
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
 
 from flexjax import sharding, tree
 from flexjax.data import pipeline, tokens
@@ -25,6 +27,25 @@ class Score:
     num_bytes: int
     num_tokens: int
     shares: dict[str, float]  # of the gate mass, mean over tokens and layers
+
+
+@dataclasses.dataclass
+class TokenScores:
+    """What one model makes of every token of a text, in order.
+
+    Attributes:
+      nats: -log p of each token, float32 [N].
+      starts: whether the model knew nothing before it: the first of its document inside its window, [N].
+      documents: the document that each token belongs to, [N].
+      document_bytes: UTF-8 bytes of each document, [documents].
+      shares: of the gate mass by layer and expert, mean over tokens, [L, E]; of a model without a router [1, 1].
+    """
+
+    nats: Float[np.ndarray, " N"]
+    starts: Bool[np.ndarray, " N"]
+    documents: Int[np.ndarray, " N"]
+    document_bytes: Int[np.ndarray, " documents"]
+    shares: Float[np.ndarray, "L E"]
 
 
 class Scorer:
@@ -67,12 +88,16 @@ class Scorer:
             _, nats, _ = losses.cross_entropy(out.hidden, head, batch["targets"], head_trainable=False, mesh=mesh)
             tokens_per_row = batch["weights"].sum(axis=1)
             if out.routing is None:
-                shares = tokens_per_row.sum()[None]
+                shares = tokens_per_row.sum()[None, None]
             else:
-                shares = jnp.einsum("LBE,B->E", out.routing.share, tokens_per_row) / architecture.config.num_layers
-            return (nats * batch["weights"]).sum(), shares
+                shares = jnp.einsum("LBE,B->LE", out.routing.share, tokens_per_row)
+            return nats * batch["weights"], shares
 
-        self._score = jax.jit(score)
+        def total(params: tree.Tree, batch: dict[str, jax.Array], allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
+            nats, shares = score(params, batch, allowed)
+            return nats.sum(), shares
+
+        self._each, self._total = jax.jit(score), jax.jit(total)
 
     def score(self, source: tokens.TokenSource, max_bytes: int = 0, experts: Iterable[str] | None = None) -> Score:
         """Scores a text with the named experts switched on (None: all).
@@ -80,21 +105,63 @@ class Scorer:
         Raises:
           PolicyError: an expert is unknown. DataError: the text has no document.
         """
-        names = self.architecture.experts
-        allowed = router.allowed_mask(names, names if experts is None else experts, self.batch_size)
-        allowed = sharding.put(np.asarray(allowed), sharding.sharding(self._mesh, ("batch", None)))
-        every = list(range(self.batch_size))
         batches = pipeline.evaluation_batches(source, seq_len=self.seq_len, batch_size=self.batch_size, max_bytes=max_bytes)
-        nats, shares = 0.0, np.zeros(len(names))
-        for batch in batches:
-            rows = {name: batch[name] for name in ("tokens", "targets", "weights", "segments")}
-            inputs = sharding.put_rows(rows, every, self._mesh, self.batch_size)
-            batch_nats, batch_shares = self._score(self._params, inputs, allowed)
+        nats, total = 0.0, np.zeros(len(self.architecture.experts))
+        for _, batch_nats, batch_shares in self._run(self._total, batches, experts):
             nats += float(batch_nats)
-            shares += np.asarray(batch_shares, np.float64)
+            total += np.asarray(batch_shares, np.float64).mean(axis=0)
+        shares = total / batches.num_tokens
         return Score(
             bits_per_byte=nats / math.log(2) / batches.num_bytes,
             num_bytes=batches.num_bytes,
             num_tokens=batches.num_tokens,
-            shares={name: float(share) / batches.num_tokens for name, share in zip(names, shares, strict=True)},
+            shares=dict(zip(self.architecture.experts, shares.tolist(), strict=True)),
         )
+
+    def tokens(self, source: tokens.TokenSource, max_bytes: int = 0, experts: Iterable[str] | None = None) -> TokenScores:
+        """Scores each token of a text, under the rule and the errors of `score`."""
+        batches = pipeline.evaluation_batches(source, seq_len=self.seq_len, batch_size=self.batch_size, max_bytes=max_bytes)
+        return gather(source, batches, self._run(self._each, batches, experts))
+
+    def _run(
+        self, program: Any, batches: pipeline.EvaluationBatches, experts: Iterable[str] | None
+    ) -> Iterator[tuple[pipeline.Batch, jax.Array, jax.Array]]:
+        """Each batch with what the program makes of it."""
+        names = self.architecture.experts
+        allowed = router.allowed_mask(names, names if experts is None else experts, self.batch_size)
+        allowed = sharding.put(np.asarray(allowed), sharding.sharding(self._mesh, ("batch", None)))
+        every = list(range(self.batch_size))
+        for batch in batches:
+            rows = {name: batch[name] for name in ("tokens", "targets", "weights", "segments")}
+            inputs = sharding.put_rows(rows, every, self._mesh, self.batch_size)
+            yield batch, *program(self._params, inputs, allowed)
+
+
+def gather(
+    source: tokens.TokenSource,
+    batches: pipeline.EvaluationBatches,
+    scored: Iterable[tuple[pipeline.Batch, jax.Array, jax.Array]],
+) -> TokenScores:
+    """Puts the scores of a text's batches in the order of its tokens.
+
+    Args:
+      source: the text.
+      batches: of it.
+      scored: each batch with nats [B, T] and sums of shares [L, E].
+    """
+    nats, starts, shares = [], [], []
+    for batch, batch_nats, batch_shares in scored:
+        counts = batch["weights"] > 0
+        nats.append(sharding.fetch(batch_nats)[counts])
+        segments = np.where(counts, batch["segments"], -1)
+        before = np.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+        starts.append((segments != before)[counts])
+        shares.append(np.asarray(batch_shares, np.float64))
+    lengths = np.diff(source.documents[: batches.num_documents], axis=1)[:, 0]
+    return TokenScores(
+        nats=np.concatenate(nats),
+        starts=np.concatenate(starts),
+        documents=np.repeat(np.arange(batches.num_documents), lengths),
+        document_bytes=np.array([source.document_bytes(index) for index in range(batches.num_documents)]),
+        shares=np.sum(shares, axis=0) / batches.num_tokens,
+    )

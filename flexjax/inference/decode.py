@@ -6,7 +6,7 @@ gets the answer that it would get alone: nothing is dropped, and no row's mask o
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,16 +117,16 @@ class Decoder:
         Raises:
           PolicyError: a request names an unknown expert, or none. ConfigError: its settings make no sense.
         """
-        pieces = list(self._run(requests, max_new_tokens, max_new_tokens))
+        pieces = [ids for ids, _ in self._run(requests, max_new_tokens, max_new_tokens)]
         return [np.concatenate([piece[row] for piece in pieces]) for row in range(len(requests))]
 
     def stream(self, request: Request, max_new_tokens: int) -> Iterator[int]:
         """Yields the ids of one continuation as they come; they are those of `generate`."""
-        for piece in self._run([request], max_new_tokens, STREAM_TOKENS):
-            yield from piece[0].tolist()
+        for ids, _ in self._run([request], max_new_tokens, STREAM_TOKENS):
+            yield from ids[0].tolist()
 
-    def _run(self, requests: Sequence[Request], max_new_tokens: int, stride: int) -> Iterator[list[np.ndarray]]:
-        """Yields, for every `stride` new slots, each row's ids before its EOS."""
+    def _run(self, requests: Sequence[Request], max_new_tokens: int, stride: int) -> Iterator[tuple[list[np.ndarray], State]]:
+        """Yields, for every `stride` new slots, each row's ids before its EOS, and the batch as it then stands."""
         state = self.start(requests, max_new_tokens)
         first = int(state.filled)
         ended = np.zeros(len(requests), bool)
@@ -135,17 +135,26 @@ class Decoder:
             state = self.advance(self.weights, state, until)
             new = np.asarray(state.tokens[:, filled:until])
             stop = np.cumsum(new == self.eos_id, axis=1).astype(bool) | ended[:, None]
-            yield [row[~after] for row, after in zip(new, stop, strict=True)]
+            yield [row[~after] for row, after in zip(new, stop, strict=True)], state
             ended = stop[:, -1]
             if ended.all():
                 return
 
     def start(self, requests: Sequence[Request], max_new_tokens: int) -> State:
         """Lays out a batch and computes the keys and values of all prompt slots but the last."""
+        tokens, start, settings = self.lay_out(requests, max_new_tokens)
         names = self.architecture.experts
+        masks = [router.allowed_mask(names, names if r.experts is None else r.experts, 1) for r in requests]
+        return self.prefill(
+            self.weights, tokens, start, jnp.concatenate(masks), settings, filled=tokens.shape[1] - max_new_tokens
+        )
+
+    def lay_out(
+        self, requests: Sequence[Request], max_new_tokens: int
+    ) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, " B"], sampling.Sampling]:
+        """Tokens of a batch with room for new ones, each row's first slot, and how rows draw; raises as `check`."""
         for request in requests:
             check(request, self.architecture, max_new_tokens)
-        masks = [router.allowed_mask(names, names if r.experts is None else r.experts, 1) for r in requests]
         settings = sampling.Sampling(
             temperature=jnp.array([r.temperature for r in requests], jnp.float32),
             top_k=jnp.array([r.top_k for r in requests], jnp.int32),
@@ -158,19 +167,19 @@ class Decoder:
         tokens = np.full((len(requests), longest + max_new_tokens), self.eos_id, np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[longest - len(prompt) : longest] = prompt
-        return self.prefill(
-            self.weights,
-            tokens,
-            np.array([longest - len(prompt) for prompt in prompts], np.int32),
-            jnp.concatenate(masks),
-            settings,
-            filled=longest,
-        )
+        return tokens, np.array([longest - len(prompt) for prompt in prompts], np.int32), settings
 
     def _prefill(
         self, weights: Weights, tokens: Array, start: Array, allowed: Array, settings: sampling.Sampling, filled: int
     ) -> State:
-        B, S = tokens.shape
+        _, cache = self.fill(weights, tokens, start, allowed, filled)
+        return State(tokens, jnp.int32(filled), jnp.zeros(len(tokens), bool), cache, start, allowed, settings)
+
+    def fill(
+        self, weights: Weights, tokens: Array, start: Array, allowed: Array, filled: int
+    ) -> tuple[Float[Array, "B T D"], list[transformer.KeyValues]]:
+        """Runs all filled slots but the last, T, through the model: the stream behind the last layer, and the cache."""
+        S = tokens.shape[1]
         config, T = self.architecture.config, filled - 1
         slots = jnp.arange(T)
         real = slots[None] >= start[:, None]
@@ -183,7 +192,7 @@ class Decoder:
             h, new = transformer.attention_block(h, layer, config, rotary, mask)
             h, _ = transformer.expert_block(h, layer, _stack(experts), self.architecture, allowed)
             cache.append(jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, S - T), (0, 0), (0, 0))), new))
-        return State(tokens, jnp.int32(filled), jnp.zeros(B, bool), cache, start, allowed, settings)
+        return h, cache
 
     def step(self, weights: Weights, state: State) -> tuple[Float[Array, "B V"], list[transformer.KeyValues]]:
         """Runs the last filled slot through the model: next-token logits, and the cache with that slot's entries."""
@@ -200,19 +209,22 @@ class Decoder:
         hidden = attention.rms_norm(h[:, 0], weights["head"]["norm"], config.norm_eps)
         return transformer.logits(weights, hidden), cache
 
+    def extend[S: State](self, state: S, logits: Float[Array, "B V"], cache: list[transformer.KeyValues]) -> S:
+        """The batch with one more slot, drawn by these logits; what follows an EOS stays EOS."""
+        logits = jnp.where(jnp.arange(logits.shape[1])[None] < self.vocab_size, logits, -jnp.inf)
+        drawn = sampling.sample(logits, state.settings, state.filled - state.start)
+        token = jnp.where(state.done, self.eos_id, drawn)
+        tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.filled, axis=1)
+        done = state.done | (token == self.eos_id)
+        return dataclasses.replace(state, tokens=tokens, filled=state.filled + 1, done=done, cache=cache)
+
     def _advance(self, weights: Weights, state: State, until: Array) -> State:
-        """Fills slots up to `until`, or until every row has ended; what follows an EOS stays EOS."""
+        return until_ended(lambda state: self.extend(state, *self.step(weights, state)), state, until)
 
-        def body(state: State) -> State:
-            logits, cache = self.step(weights, state)
-            logits = jnp.where(jnp.arange(logits.shape[1])[None] < self.vocab_size, logits, -jnp.inf)
-            drawn = sampling.sample(logits, state.settings, state.filled - state.start)
-            token = jnp.where(state.done, self.eos_id, drawn)
-            tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.filled, axis=1)
-            done = state.done | (token == self.eos_id)
-            return dataclasses.replace(state, tokens=tokens, filled=state.filled + 1, done=done, cache=cache)
 
-        return jax.lax.while_loop(lambda state: (state.filled < until) & ~state.done.all(), body, state)
+def until_ended[S: State](body: Callable[[S], S], state: S, until: Array) -> S:
+    """Applies `body`, which fills one slot, until all before `until` are filled or every row has ended."""
+    return jax.lax.while_loop(lambda state: (state.filled < until) & ~state.done.all(), body, state)
 
 
 def check(request: Request, architecture: transformer.Architecture, max_new_tokens: int) -> None:

@@ -1,0 +1,165 @@
+"""Runs a suite: every method on every seed, one JSON row each the moment it is finished, then a report and figures.
+
+python -m benchmarks.run --suite=table1 [--size=cpu] [--data_root=DIR] [--methods=NAME,...] [--seeds=3]
+
+Starting it again goes on where it was: finished stages and rows are kept. `--suite=installed` needs no data.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from benchmarks import report, throughput
+from benchmarks.reporting import rows
+from benchmarks.suite import catalogue, methods, models, scoring, suites, training, tuning
+from flexjax import command, errors, memory, tree, workdir
+
+SUITE = flags.DEFINE_string("suite", "table1", f"One of {', '.join(suites.SUITES)}.")
+SIZE = flags.DEFINE_string("size", "cpu", f"One of {', '.join(suites.SIZES)}.")
+DATA_ROOT = flags.DEFINE_string("data_root", "", "Holds flexmix-mini/ and tasks/; not needed for --suite=installed.")
+METHODS = flags.DEFINE_list("methods", ["core"], f"Names of methods, or groups: {', '.join(catalogue.GROUPS)}, all.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "How many.", lower_bound=1)
+FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "The first of them.", lower_bound=0)
+WORKDIR = flags.DEFINE_string("workdir", None, "For stages; default runs/benchmarks/<suite>-<size>.")
+OUT = flags.DEFINE_string("out", None, "For rows, report and figures; default benchmarks/results/<suite>-<size>.")
+RECIPE = "recipe.json"
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is missing, then reports."""
+    memory.keep_freed()
+    if argv:
+        raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --suite=table1 --data_root=DIR")
+    suite, size = suites.find(SUITE.value, SIZE.value)
+    chosen = catalogue.select(suite, size, METHODS.value)
+    name = f"{suite.name}-{SIZE.value}"
+    out = pathlib.Path(OUT.value or f"benchmarks/results/{name}")
+    home = workdir.create(WORKDIR.value or os.path.join("runs", "benchmarks", name))
+    command.compilation_cache(home / "compiled")
+    with workdir.lock(home):
+        for seed in range(FIRST_SEED.value, FIRST_SEED.value + SEEDS.value):
+            run_seed(training.Bench(suite, SIZE.value, home, DATA_ROOT.value, seed, say), chosen, out)
+    report.write(rows.read(out / rows.FILE), out)
+    say(f"report: {out / 'report.md'}")
+
+
+def say(text: str) -> None:
+    """One line for whoever watches, with the time."""
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+def run_seed(bench: training.Bench, chosen: Mapping[str, catalogue.Entry], out: pathlib.Path) -> None:
+    """Writes those rows of one seed that are not in `out` yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    recipe, trials = _recipe(bench, out)
+    made_of = {"suite": repr(bench.suite), "size": repr(bench.size), "recipe": dataclasses.asdict(recipe)}
+    inputs = tree.sha256(tree.canonical_json(made_of))
+    done = _done(bench, inputs, out)
+    lab = models.Models(bench, recipe)
+    for name, entry in chosen.items():
+        if name in done:
+            bench.say(f"seed {bench.seed}: {name}: finished, skipped")
+            continue
+        head = {
+            "suite": bench.suite.name,
+            "size": bench.size_name,
+            "seed": bench.seed,
+            "method": name,
+            "title": entry.title,
+            "group": entry.group,
+            "corpus": bench.corpus,
+            "inputs": inputs,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **throughput.machine(),
+        }
+        try:
+            row = head | {"status": "ok", "error": ""} | _result(lab, entry.method(lab), trials)
+        except errors.Preempted:
+            raise
+        except Exception as error:  # whatever it is, the table must show it
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            (bench.home / f"failed-{bench.seed}-{name}.txt").write_text(traceback.format_exc())
+            row = head | {"status": "failed", "error": said}
+            bench.say(f"seed {bench.seed}: {name}: FAILED, {said}")
+        _put(out, row)
+        if row["status"] == "ok":
+            scores = row["scores"]["report"].items()
+            found = {domain: sum(each["nats"]) / math.log(2) / sum(each["bytes"]) for domain, each in scores}
+            told = "  ".join(f"{domain} {value:.3f}" for domain, value in found.items())
+            bench.say(f"seed {bench.seed}: {name}: {told}")
+
+
+def _recipe(bench: training.Bench, out: pathlib.Path) -> tuple[models.Recipe, tuning.Trials]:
+    """What tuning chose on the first seed; kept beside the rows, so that it outlives the stages."""
+    path = epath.Path(out / RECIPE)
+    saved = workdir.read_json(path)
+    if saved is not None and saved["corpus"] == bench.corpus:
+        return models.Recipe(**saved["recipe"]), saved["trials"]
+    bench.say("tuning: three learning rates for each kind of run")
+    recipe, trials = tuning.choose(bench)
+    workdir.write_json(
+        path, {"corpus": bench.corpus, "seed": bench.seed, "recipe": dataclasses.asdict(recipe), "trials": trials}
+    )
+    return recipe, trials
+
+
+def _done(bench: training.Bench, inputs: str, out: pathlib.Path) -> set[str]:
+    """Methods of a seed that have a row made of the same things."""
+    if not (out / rows.FILE).exists():
+        return set()
+    found = [row for row in rows.read(out / rows.FILE) if row["seed"] == bench.seed and row["status"] == "ok"]
+    same = {row["method"] for row in found if (row["corpus"], row["inputs"]) == (bench.corpus, inputs)}
+    for name in sorted({row["method"] for row in found} - same):
+        bench.say(f"seed {bench.seed}: {name}: what it is made of changed, run anew")
+    return same
+
+
+def _put(out: pathlib.Path, row: dict[str, Any]) -> None:
+    """Adds a row in place of the one that the same method and seed had."""
+    path = out / rows.FILE
+    kept = rows.read(path) if path.exists() else []
+    kept = [other for other in kept if (other["method"], other["seed"]) != (row["method"], row["seed"])]
+    workdir.write(epath.Path(path), "".join(json.dumps(each) + "\n" for each in [*kept, row]).encode())
+
+
+def _result(lab: models.Models, outcome: methods.Outcome, trials: tuning.Trials) -> dict[str, Any]:
+    """The part of a row that the method decides."""
+    bench = lab.bench
+    runs = {run: bench.ledger[run] for run in outcome.runs}
+    dense = methods.forward_flops(lab.public.architecture, bench.size.seq_len)
+    texts: dict[str, dict[str, Any]] = {}
+    shares = {}
+    for text, scores in outcome.scores.items():
+        group, _, name = text.partition("/")
+        texts.setdefault(group, {})[name] = scoring.by_document(scores, None if outcome.nats is None else outcome.nats[text])
+        if group == "report" and outcome.experts:
+            shares[name] = [[round(float(share), 4) for share in layer] for layer in scores.shares]
+    return {
+        "ledger": {
+            "runs": runs,
+            "anchor_flops": bench.ledger["anchor"]["flops"],
+            "training_flops": sum(run["flops"] for run in runs.values()),
+            "inference_flops_per_token": outcome.inference_flops,
+            "forwards": round(outcome.inference_flops / dense, 3),
+        },
+        "scores": texts,
+        "experts": list(outcome.experts),
+        "shares": shares,
+        "trials": outcome.trials,
+        "learning_rates": trials,
+        "chosen": outcome.chosen,
+        "extra": outcome.extra,
+    }
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,294 @@
+"""Every way of getting one model out of several owners' text, from the same anchor.
+
+A method returns an `Outcome`: what it makes of every token of the suite's text, the training behind it, and what one token
+costs. Mixtures of models need no more than what each of the models makes of each token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.suite import models, scoring, training
+from flexjax import baselines, tree
+from flexjax import config as config_lib
+from flexjax.eval import mixtures
+from flexjax.governance import calibration, layerwise
+from flexjax.inference import sequence
+from flexjax.model import transformer
+from flexjax.train import flops
+
+PUBLIC = config_lib.PUBLIC
+Nats = dict[str, np.ndarray]  # by text
+Method = Callable[[models.Models], "Outcome"]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a method came to.
+
+    Attributes:
+      scores: of one of its models, or of the only one: they say which token is of which document.
+      runs: names of the training runs behind it, as the ledger has them.
+      inference_flops: per token.
+      nats: by text, where they are not those of `scores`.
+      experts: names of a routed model's experts, to whom the shares of `scores` belong.
+      trials: of its settings, on the tuning half: setting, value, bits per byte.
+      chosen: among them.
+      extra: whatever else belongs into its row.
+    """
+
+    scores: scoring.Scores
+    runs: tuple[str, ...]
+    inference_flops: float
+    nats: Nats | None = None
+    experts: tuple[str, ...] = ()
+    trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def forward_flops(architecture: transformer.Architecture, seq_len: int, mask: Sequence[str] | None = None) -> float:
+    """FLOPs of one token's forward pass, with all experts or those of a mask (full ones) switched on."""
+    if mask is not None:
+        bank = config_lib.Bank("active", tuple(mask), architecture.config.d_ff, biased=False)
+        banks = transformer.dense_banks(architecture.config) if tuple(mask) == (PUBLIC,) else (bank,)
+        architecture = transformer.Architecture(architecture.config, banks, len(mask))
+    return flops.per_token(architecture, {}, seq_len).forward
+
+
+def single(lab: models.Models, model: training.Trained, label: str, **extra: Any) -> Outcome:
+    """One model, all its experts switched on."""
+    cost = forward_flops(model.architecture, lab.bench.size.seq_len)
+    experts = model.architecture.experts if model.architecture.routed else ()
+    found = scoring.score(lab.bench, model, lab.prefix + label, lab.groups)
+    return Outcome(found, model.runs, cost, experts=experts, extra=extra)
+
+
+def stacked(parts: Sequence[scoring.Scores]) -> Nats:
+    """What several models make of each token, [M, N] by text."""
+    return {text: np.stack([part[text].nats for part in parts]) for text in parts[0]}
+
+
+def macro(scores: scoring.Scores, group: str, nats: Nats | None = None) -> float:
+    """Mean over domains of bits per byte."""
+    return float(np.mean(list(scoring.bits(scores, group, nats).values())))
+
+
+def best(
+    scores: scoring.Scores, settings: Mapping[str, Any], apply: Callable[[Any], Nats]
+) -> tuple[Nats, list[dict[str, Any]], dict[str, Any]]:
+    """Tries every setting, and keeps the one that is best on the tuning half: its nats, the trials, and what was chosen."""
+    found = {label: apply(setting) for label, setting in settings.items()}
+    reached = {label: round(macro(scores, "tune", nats), 4) for label, nats in found.items()}
+    return _chosen(found, reached)
+
+
+def _chosen[T](found: Mapping[str, T], reached: Mapping[str, float]) -> tuple[T, list[dict[str, Any]], dict[str, Any]]:
+    label = min(reached, key=lambda label: reached[label])
+    return found[label], [{"setting": tried, "tune": value} for tried, value in reached.items()], {"setting": label}
+
+
+# Core
+
+
+def anchor(lab: models.Models) -> Outcome:
+    return single(lab, lab.public, "anchor")
+
+
+def control(lab: models.Models) -> Outcome:
+    return single(lab, lab.control, "control")
+
+
+def dense(name: str) -> Method:
+    return lambda lab: single(lab, lab.dense(name), f"dense-{name}")
+
+
+def _dense_models(lab: models.Models) -> dict[str, training.Trained]:
+    return {PUBLIC: lab.public} | {name: lab.dense(name) for name in lab.names}
+
+
+def _runs(parts: Mapping[str, training.Trained]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run for part in parts.values() for run in part.runs))
+
+
+def joined_key(kind: str, parts: Mapping[str, training.Trained]) -> str:
+    return tree.sha256(tree.canonical_json({"kind": kind, **{name: part.key for name, part in parts.items()}}))
+
+
+def soup(lab: models.Models) -> Outcome:
+    parts = _dense_models(lab)
+    params = baselines.soup([part.params for part in parts.values()])
+    return single(lab, training.Trained(lab.public.architecture, params, joined_key("soup", parts), _runs(parts)), "soup")
+
+
+def soup_weighted(lab: models.Models) -> Outcome:
+    parts = _dense_models(lab)
+    key = joined_key("weighted soup", parts)
+    found = {
+        temperature: scoring.soup_per_input(
+            lab.bench, list(parts.values()), key, temperature, f"{lab.prefix}soup-weighted", lab.groups
+        )
+        for temperature in (1.0, 0.3, 0.1)
+    }
+    trials = [{"setting": f"temperature {t:g}", "tune": round(macro(scores, "tune"), 4)} for t, scores in found.items()]
+    chosen = min(found, key=lambda t: macro(found[t], "tune"))
+    cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * (
+        1 + len(parts) / 4
+    )  # the opening of a window is read by all
+    return Outcome(found[chosen], _runs(parts), cost, trials=trials, chosen={"setting": f"temperature {chosen:g}"})
+
+
+def dense_scores(lab: models.Models) -> tuple[list[scoring.Scores], tuple[str, ...]]:
+    parts = _dense_models(lab)
+    found = []
+    for name, part in parts.items():
+        label = "anchor" if name == PUBLIC else f"dense-{name}"
+        found.append(scoring.score(lab.bench, part, lab.prefix + label, lab.groups))
+    return found, _runs(parts)
+
+
+def branch_train_merge(lab: models.Models, parts: Sequence[scoring.Scores], runs: tuple[str, ...], top_k: int) -> Outcome:
+    """Mixes dense models by the likelihood of the prefix; all must be run on it, whichever are then mixed."""
+    layout, every = parts[0], stacked(parts)
+
+    def apply(temperature: float) -> Nats:
+        return {
+            text: mixtures.branch_train_merge(nats, layout[text].starts, temperature, top_k) for text, nats in every.items()
+        }
+
+    nats, trials, chosen = best(layout, {f"temperature {t:g}": t for t in (1.0, 3.0, 10.0)}, apply)
+    cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
+    return Outcome(layout, runs, cost, nats, trials=trials, chosen=chosen)
+
+
+def btm(top_k: int | None) -> Method:
+    """Branch-Train-Merge with the `top_k` most likely models, or all."""
+
+    def method(lab: models.Models) -> Outcome:
+        parts, runs = dense_scores(lab)
+        return branch_train_merge(lab, parts, runs, len(parts) if top_k is None else top_k)
+
+    return method
+
+
+def btm_shared(lab: models.Models) -> Outcome:
+    """BTM with the weights of routing by sequence, which can change their mind."""
+    parts, runs = dense_scores(lab)
+    nats, trials, chosen = _by_sequence(parts, "mixture")
+    cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
+    return Outcome(parts[0], runs, cost, nats, trials=trials, chosen=chosen)
+
+
+def no_coordination(lab: models.Models) -> Outcome:
+    """The rows are domain rows of the anchor's states: these owners have no pair to train one in."""
+    parts = _dense_models(lab)
+    rows = {name: lab.bench.row(name, lab.anchor) for name in lab.names}
+    rows = {PUBLIC: lab.anchor.tensor("expert/router/row"), **rows}
+    architecture, params = baselines.no_coordination(*lab.public.model, {name: parts[name].params for name in lab.names}, rows)
+    key = joined_key("no coordination", parts)
+    return single(lab, training.Trained(architecture, params, key, _runs(parts)), "no-coordination")
+
+
+def flex(lab: models.Models) -> Outcome:
+    parameters = tree.count(next(iter(lab.experts().values())).tensors("expert"))
+    return single(lab, lab.flex, "flex", parameters=parameters)
+
+
+def flex_as_paper(lab: models.Models) -> Outcome:
+    """Rows that start as mean hidden states, the owner's text only, no tuning after; the best of the paper's own means."""
+    anchor = lab.with_rows("mean")
+    bundles = lab.experts("paper", anchor, {"expert.public_fraction": 0.0})
+    return single(lab, lab.merge(bundles, note="as the paper", runs=lab.runs("paper"), anchor=anchor), "flex-paper")
+
+
+def flex_calibrated(lab: models.Models) -> Outcome:
+    """Biases set so that public text keeps what the experts need not have (`python -m flexjax.merge calibrate`)."""
+    bundles = lab.experts()
+    text = layerwise.sample(lab.bench.text(f"{PUBLIC}/train"), seq_len=lab.bench.size.seq_len)
+    found = {}
+    for share in (0.3, 0.2, 0.1):
+        fits = calibration.jointly(lab.anchor, bundles, text, share)
+        edit = functools.partial(_with_biases, fits=fits)
+        model = lab.merge(bundles, edit=edit, note=f"share {share:g}", runs=lab.runs())
+        found[f"share {share:g}"] = single(lab, model, f"flex-calibrated-{share:g}")
+    return _best_of(found)
+
+
+def _with_biases(experts: models.Experts, fits: Mapping[str, calibration.Fit]) -> models.Experts:
+    changed = dict(experts)
+    for name, fit in fits.items():
+        changed[name] = {**experts[name], "router": {**experts[name]["router"], "bias": fit.bias}}
+    return changed
+
+
+def _best_of(found: Mapping[str, Outcome]) -> Outcome:
+    """The outcome that is best on the tuning half, with all as its trials."""
+    reached = {label: round(macro(each.scores, "tune", each.nats), 4) for label, each in found.items()}
+    outcome, trials, chosen = _chosen(found, reached)
+    return dataclasses.replace(outcome, trials=trials, chosen=chosen)
+
+
+def flex_tuned(kind: str) -> Method:
+    return lambda lab: single(lab, lab.tuned(lab.flex, kind), f"flex-tuned-{kind}")
+
+
+def flex_without(name: str) -> Method:
+    """The opt-out of one owner: the model as if it had never been merged."""
+
+    def method(lab: models.Models) -> Outcome:
+        left = {other: bundle for other, bundle in lab.experts().items() if other != name}
+        return single(lab, lab.merge(left, runs=lab.runs()), f"flex-without-{name}")
+
+    return method
+
+
+SEQUENCE = {  # temperature and share of routing by sequence: the trials
+    "temperature 1, share 0.02": (1.0, 0.02),
+    "temperature 1, share 0.005": (1.0, 0.005),
+    "temperature 2, share 0.01": (2.0, 0.01),
+}
+
+
+def _by_sequence(parts: Sequence[scoring.Scores], kind: str) -> tuple[Nats, list[dict[str, Any]], dict[str, Any]]:
+    layout, every = parts[0], stacked(parts)
+
+    def apply(setting: tuple[float, float]) -> Nats:
+        settings = sequence.Settings(kind, temperature=setting[0], share=setting[1])
+        return {text: sequence.combine(nats, layout[text].starts, settings)[0] for text, nats in every.items()}
+
+    return best(layout, SEQUENCE, apply)
+
+
+def flex_by_sequence(kind: str, start: str = "flex", without: str = "") -> Method:
+    """Routing by sequence (`--routing=sequence`) among {public}, {public, e} for each expert, and all of them.
+
+    Args:
+      kind: "mixture" or "hard".
+      start: "flex", or "flex-tuned-sampled" and so on.
+      without: an owner who has opted out.
+    """
+
+    def method(lab: models.Models) -> Outcome:
+        model = lab.flex if start == "flex" else lab.tuned(lab.flex, start.removeprefix("flex-tuned-"))
+        allowed = [name for name in model.architecture.experts if name != without]
+        masks = sequence.candidates(model.architecture.experts, allowed)
+        parts = [
+            scoring.score(lab.bench, model, f"{lab.prefix}{start}@{sequence.label(mask)}", lab.groups, mask) for mask in masks
+        ]
+        nats, trials, chosen = _by_sequence(parts, kind)
+        cost = sum(forward_flops(model.architecture, lab.bench.size.seq_len, mask) for mask in masks)
+        return Outcome(parts[0], model.runs, cost, nats, trials=trials, chosen=chosen)
+
+    return method
+
+
+def joint(times: float, frozen: bool = False) -> Method:
+    label = f"joint-{'frozen-' if frozen else ''}{times:g}x"
+    return lambda lab: single(lab, lab.joint(times, frozen), label)
+
+
+def joint_on_as_much_text(lab: models.Models) -> Outcome:
+    return single(lab, lab.joint_on_as_much_text(), "joint-data")

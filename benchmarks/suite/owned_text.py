@@ -1,0 +1,83 @@
+"""Text in place of the owners' own, for tuning routers: nobody's private text but what its owner gave.
+
+- `proxy`    public documents that a small classifier takes for the owner's (FlexOlmo, section 3.4);
+- `sampled`  what each expert says by itself, beside the public one: it is published, and so is what it says;
+- `donated`  1 % of the owner's text, which nobody trained on.
+"""
+
+import gzip
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from benchmarks.suite import training
+from flexjax import config as config_lib
+from flexjax import errors, workdir
+from flexjax.data import proxies
+from flexjax.inference import decode
+
+if TYPE_CHECKING:
+    from benchmarks.suite import models
+
+KINDS = ("proxy", "sampled", "donated")
+SAMPLED_ROWS = 32  # generated at once
+FILE = "text.jsonl.gz"
+
+
+def prepare(lab: "models.Models", model: training.Trained, kind: str) -> dict[str, str | epath.Path]:
+    """A file for each owner, as `training.Bench.text` takes it.
+
+    Raises:
+      ConfigError: there is no such kind. DataError: public text holds nothing like an owner's (proxy).
+    """
+    if kind not in KINDS:
+        raise errors.ConfigError(f"text of kind '{kind}' is unknown; choose {', '.join(KINDS)}")
+    if kind == "donated":
+        return {name: f"{name}/donated" for name in lab.names}
+    make = {"proxy": _mined, "sampled": _sampled}[kind]
+    return {name: make(lab, model, name) for name in lab.names}
+
+
+def _write(directory: epath.Path, texts: list[str]) -> None:
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts if text.strip())
+    workdir.write(directory / FILE, gzip.compress(lines.encode(), mtime=0))
+
+
+def _sampled(lab: "models.Models", model: training.Trained, name: str) -> epath.Path:
+    """Documents that {public, name} writes from nothing, at temperature 1."""
+    bench = lab.bench
+    inputs = {"model": model.key, "expert": name, "tokens": bench.size.sampled_tokens, "seed": bench.seed}
+
+    def make(directory: epath.Path) -> dict[str, Any]:
+        tokenizer, length = bench.sources.tokenizer, bench.size.seq_len
+        decoder = decode.Decoder(model.params, model.architecture, tokenizer.eos_id, tokenizer.vocab_size)
+        rows = min(SAMPLED_ROWS, -(-bench.size.sampled_tokens // length))
+        texts: list[str] = []
+        written = 0
+        while written < bench.size.sampled_tokens:
+            seeds = range(len(texts), len(texts) + rows)
+            experts = (config_lib.PUBLIC, name)
+            requests = [decode.Request([], experts, temperature=1.0, seed=bench.seed * 1_000_003 + seed) for seed in seeds]
+            found = decoder.generate(requests, length)
+            texts += [tokenizer.decode(np.asarray(ids)) for ids in found]
+            written += rows * length
+        _write(directory, texts)
+        return {"tokens": written}
+
+    return bench.stages.run(f"{lab.prefix}sampled-{name}", inputs, make) / FILE
+
+
+def _mined(lab: "models.Models", model: training.Trained, name: str) -> epath.Path:
+    """The public passages that look most like an owner's; the owner does the looking."""
+    bench = lab.bench
+    public, mine = bench.text(f"{config_lib.PUBLIC}/train"), bench.text(f"{name}/train")
+
+    def make(directory: epath.Path) -> dict[str, Any]:
+        found = proxies.mine(public, mine, count=bench.size.proxy_documents, seed=bench.seed)
+        _write(directory, [bench.sources.tokenizer.decode(public.document(int(index))) for index in found.documents])
+        return {"log_odds": float(np.median(found.log_odds)), "accuracy": float(found.accuracy)}
+
+    inputs = {"public": public.digest, "mine": mine.digest, "documents": bench.size.proxy_documents, "seed": bench.seed}
+    return bench.stages.run(f"mined-{name}", inputs, make) / FILE
