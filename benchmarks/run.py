@@ -1,6 +1,7 @@
 """Runs a suite: every method on every seed, one JSON row each the moment it is finished, then a report and figures.
 
 python -m benchmarks.run --suite=table1 [--size=cpu] [--data_root=DIR] [--methods=NAME,...] [--seeds=3]
+    [--tasks=all] [--sweep=PATH=VALUE,...]
 
 Starting it again goes on where it was: finished stages and rows are kept. `--suite=installed` needs no data.
 """
@@ -12,7 +13,7 @@ import math
 import os
 import pathlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -20,7 +21,7 @@ from etils import epath
 
 from benchmarks import report, throughput
 from benchmarks.reporting import rows
-from benchmarks.suite import catalogue, methods, models, scoring, suites, training, tuning
+from benchmarks.suite import catalogue, methods, models, scoring, suites, sweep, tasks, training, tuning
 from flexjax import command, errors, memory, tree, workdir
 
 SUITE = flags.DEFINE_string("suite", "table1", f"One of {', '.join(suites.SUITES)}.")
@@ -29,6 +30,8 @@ DATA_ROOT = flags.DEFINE_string("data_root", "", "Holds flexmix-mini/ and tasks/
 METHODS = flags.DEFINE_list("methods", ["core"], f"Names of methods, or groups: {', '.join(catalogue.GROUPS)}, all.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "How many.", lower_bound=1)
 FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "The first of them.", lower_bound=0)
+TASKS = flags.DEFINE_list("tasks", [], "Benchmark items to ask as well: names of files in DATA_ROOT/tasks, or all.")
+SWEEP = flags.DEFINE_multi_string("sweep", [], "PATH=VALUE,... of the expert recipe: trains and ranks the grid, nothing else.")
 WORKDIR = flags.DEFINE_string("workdir", None, "For stages; default runs/benchmarks/<suite>-<size>.")
 OUT = flags.DEFINE_string("out", None, "For rows, report and figures; default benchmarks/results/<suite>-<size>.")
 RECIPE = "recipe.json"
@@ -41,13 +44,21 @@ def main(argv: list[str]) -> None:
         raise errors.ConfigError(f"unexpected argument '{argv[0]}'; everything is a flag: --suite=table1 --data_root=DIR")
     suite, size = suites.find(SUITE.value, SIZE.value)
     chosen = catalogue.select(suite, size, METHODS.value)
+    points = sweep.grid(SWEEP.value) if SWEEP.value else []
+    asked = tasks.names(DATA_ROOT.value, TASKS.value, suite.domains) if TASKS.value else []
     name = f"{suite.name}-{SIZE.value}"
     out = pathlib.Path(OUT.value or f"benchmarks/results/{name}")
     home = workdir.create(WORKDIR.value or os.path.join("runs", "benchmarks", name))
     command.compilation_cache(home / "compiled")
     with workdir.lock(home):
         for seed in range(FIRST_SEED.value, FIRST_SEED.value + SEEDS.value):
-            run_seed(training.Bench(suite, SIZE.value, home, DATA_ROOT.value, seed, say), chosen, out)
+            bench = training.Bench(suite, SIZE.value, home, DATA_ROOT.value, seed, say)
+            if points:
+                run_sweep(bench, points, out)
+            else:
+                run_seed(bench, chosen, out, asked)
+    if points:
+        return
     report.write(rows.read(out / rows.FILE), out)
     say(f"report: {out / 'report.md'}")
 
@@ -57,13 +68,29 @@ def say(text: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
 
 
-def run_seed(bench: training.Bench, chosen: Mapping[str, catalogue.Entry], out: pathlib.Path) -> None:
-    """Writes those rows of one seed that are not in `out` yet."""
+def run_sweep(bench: training.Bench, points: Sequence[Mapping[str, Any]], out: pathlib.Path) -> None:
+    """Ranks a grid of settings on one seed; `sweep.jsonl` keeps every point."""
+    out.mkdir(parents=True, exist_ok=True)
+    recipe, _ = _recipe(bench, out)
+    ranked = sweep.run(models.Models(bench, recipe, groups=("tune",)), points)
+    path = out / "sweep.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    same = {json.dumps([row["seed"], row["settings"]]) for row in ranked}
+    kept = [row for row in kept if json.dumps([row["seed"], row["settings"]]) not in same]
+    workdir.write(epath.Path(path), "".join(json.dumps(row) + "\n" for row in [*kept, *ranked]).encode())
+    for place, row in enumerate(ranked, 1):
+        bench.say(f"{place}. by token {row['token']:.4f}, by sequence {row['sequence']:.4f}: {json.dumps(row['settings'])}")
+
+
+def run_seed(
+    bench: training.Bench, chosen: Mapping[str, catalogue.Entry], out: pathlib.Path, asked: Sequence[str] = ()
+) -> None:
+    """Writes those rows of one seed that are not in `out` yet, with the tasks that are asked for."""
     out.mkdir(parents=True, exist_ok=True)
     recipe, trials = _recipe(bench, out)
     made_of = {"suite": repr(bench.suite), "size": repr(bench.size), "recipe": dataclasses.asdict(recipe)}
     inputs = tree.sha256(tree.canonical_json(made_of))
-    done = _done(bench, inputs, out)
+    done = _done(bench, inputs, out, asked)
     lab = models.Models(bench, recipe)
     for name, entry in chosen.items():
         if name in done:
@@ -82,7 +109,10 @@ def run_seed(bench: training.Bench, chosen: Mapping[str, catalogue.Entry], out: 
             **throughput.machine(),
         }
         try:
-            row = head | {"status": "ok", "error": ""} | _result(lab, entry.method(lab), trials)
+            outcome = entry.method(lab)
+            if asked:
+                outcome.extra["tasks"] = tasks.scores(lab, outcome, asked)
+            row = head | {"status": "ok", "error": ""} | _result(lab, outcome, trials)
         except errors.Preempted:
             raise
         except Exception as error:  # whatever it is, the table must show it
@@ -112,15 +142,16 @@ def _recipe(bench: training.Bench, out: pathlib.Path) -> tuple[models.Recipe, tu
     return recipe, trials
 
 
-def _done(bench: training.Bench, inputs: str, out: pathlib.Path) -> set[str]:
-    """Methods of a seed that have a row made of the same things."""
+def _done(bench: training.Bench, inputs: str, out: pathlib.Path, asked: Sequence[str]) -> set[str]:
+    """Methods of a seed that have a row made of the same things, with the tasks that are asked for."""
     if not (out / rows.FILE).exists():
         return set()
     found = [row for row in rows.read(out / rows.FILE) if row["seed"] == bench.seed and row["status"] == "ok"]
     same = {row["method"] for row in found if (row["corpus"], row["inputs"]) == (bench.corpus, inputs)}
     for name in sorted({row["method"] for row in found} - same):
         bench.say(f"seed {bench.seed}: {name}: what it is made of changed, run anew")
-    return same
+    answered = {row["method"]: row["extra"].get("tasks") for row in found}
+    return {name for name in same if not asked or answered[name] == {} or set(asked) <= set(answered[name] or ())}
 
 
 def _put(out: pathlib.Path, row: dict[str, Any]) -> None:
@@ -154,6 +185,7 @@ def _result(lab: models.Models, outcome: methods.Outcome, trials: tuning.Trials)
         "scores": texts,
         "experts": list(outcome.experts),
         "shares": shares,
+        **({} if outcome.confusion is None else {"confusion": outcome.confusion}),
         "trials": outcome.trials,
         "learning_rates": trials,
         "chosen": outcome.chosen,

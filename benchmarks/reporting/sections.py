@@ -177,7 +177,8 @@ def tasks(measures: Measures) -> list[str]:
     for name in names:
         verdict = "" if name in useful else "uninformative: nothing beats chance"
         counts = [str(facts[name].get(key, NONE)) for key in ("items", "too_long")]
-        about.append([name, verdict, *counts, number(100 * facts[name].get("chance", math.nan), 0)])
+        chance = facts[name].get("chance")
+        about.append([name, verdict, *counts, number(math.nan if chance is None else 100 * chance, 0)])
     lines = table(["task", "", "items", "too long", "chance, %"], about, text=2)
     accuracy, answers = [], []
     for method in dict.fromkeys(method for method, _, _ in found):
@@ -186,12 +187,17 @@ def tasks(measures: Measures) -> list[str]:
             [_mean(scores, name, field) for name in names] for field in ("accuracy", "low", "high", "answer_bits")
         )
         intervals = zip(share, low, high, strict=True)
-        accuracy.append([method, str(len(scores)), *(f"{s:.0%} [{a:.0%}, {b:.0%}]".replace("%", "") for s, a, b in intervals)])
+        accuracy.append([method, str(len(scores)), *(_share(*values) for values in intervals)])
         answers.append([method, str(len(scores)), *(number(value) for value in answer)])
     head = ["method", "seeds", *names]
     said = "Accuracy, % [95 % interval over the items of one seed], mean over seeds:"
     lines += ["", said, "", *table(head, accuracy)]
     return [*lines, "", "Bits of the right answer, lower is better, mean over seeds:", "", *table(head, answers)]
+
+
+def _share(value: float, low: float, high: float) -> str:
+    """In percent, with its interval."""
+    return NONE if math.isnan(value) else f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def _mean(scores: list[dict[str, Any]], task: str, field: str) -> float:

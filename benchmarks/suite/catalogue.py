@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from benchmarks.suite import methods, second, suites
+from benchmarks.suite import extraction, methods, second, suites
 from flexjax import errors
 
 GROUPS = ("core", "second", "ablation")
@@ -45,7 +45,7 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
         "flex-tuned-donated": ("FlexOlmo, router tuned on 1 % donated text", methods.flex_tuned("donated")),
         "flex-tuned-sampled-sequence": (
             "FlexOlmo, tuned on text that experts wrote, routed by sequence",
-            methods.flex_by_sequence("mixture", "flex-tuned-sampled"),
+            methods.flex_by_sequence("mixture", "sampled"),
         ),
         **{f"flex-without-{name}": (f"FlexOlmo without {name}", methods.flex_without(name)) for name in names},
         **{
@@ -57,6 +57,7 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
         },
     }
     found = {name: Entry(title, "core", method) for name, (title, method) in core.items()}
+    found["extraction"] = Entry("FlexOlmo with an owner whose text holds canaries", "second", extraction.method)
     for group, more in (("second", second.table(size, names)), ("ablation", second.ablations(names))):
         found |= {name: Entry(title, group, method) for name, (title, method) in more.items()}
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.suite import models, scoring, training
+from benchmarks.suite import models, routing, scoring, training
 from flexjax import baselines, tree
 from flexjax import config as config_lib
 from flexjax.eval import mixtures
@@ -22,7 +22,16 @@ from flexjax.train import flops
 
 PUBLIC = config_lib.PUBLIC
 Nats = dict[str, np.ndarray]  # by text
+Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Method = Callable[[models.Models], "Outcome"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A model with some of its experts switched on; None: all."""
+
+    model: training.Trained
+    experts: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass
@@ -37,6 +46,9 @@ class Outcome:
       experts: names of a routed model's experts, to whom the shares of `scores` belong.
       trials: of its settings, on the tuning half: setting, value, bits per byte.
       chosen: among them.
+      parts: the models, where they can score any text: one, or several that `combine` makes one of.
+      combine: -log p of each token of a text, [N], from those under each model, [M, N], and where segments start.
+      confusion: of the tokens of each domain, the share in which each expert weighs most.
       extra: whatever else belongs into its row.
     """
 
@@ -47,6 +59,9 @@ class Outcome:
     experts: tuple[str, ...] = ()
     trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    combine: Combine | None = None
+    confusion: dict[str, list[float]] | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -64,12 +79,7 @@ def single(lab: models.Models, model: training.Trained, label: str, **extra: Any
     cost = forward_flops(model.architecture, lab.bench.size.seq_len)
     experts = model.architecture.experts if model.architecture.routed else ()
     found = scoring.score(lab.bench, model, lab.prefix + label, lab.groups)
-    return Outcome(found, model.runs, cost, experts=experts, extra=extra)
-
-
-def stacked(parts: Sequence[scoring.Scores]) -> Nats:
-    """What several models make of each token, [M, N] by text."""
-    return {text: np.stack([part[text].nats for part in parts]) for text in parts[0]}
+    return Outcome(found, model.runs, cost, experts=experts, parts=(Part(model),), extra=extra)
 
 
 def macro(scores: scoring.Scores, group: str, nats: Nats | None = None) -> float:
@@ -77,13 +87,26 @@ def macro(scores: scoring.Scores, group: str, nats: Nats | None = None) -> float
     return float(np.mean(list(scoring.bits(scores, group, nats).values())))
 
 
-def best(
-    scores: scoring.Scores, settings: Mapping[str, Any], apply: Callable[[Any], Nats]
-) -> tuple[Nats, list[dict[str, Any]], dict[str, Any]]:
-    """Tries every setting, and keeps the one that is best on the tuning half: its nats, the trials, and what was chosen."""
-    found = {label: apply(setting) for label, setting in settings.items()}
-    reached = {label: round(macro(scores, "tune", nats), 4) for label, nats in found.items()}
-    return _chosen(found, reached)
+def mixture(
+    lab: models.Models, parts: Sequence[Part], scores: Sequence[scoring.Scores], ways: Mapping[str, Combine], cost: float
+) -> Outcome:
+    """Several models as one, in the way that is best on the tuning half.
+
+    Args:
+      lab: the models.
+      parts, scores: each model, and what it makes of each token.
+      ways: of combining them.
+      cost: inference FLOPs per token.
+    """
+    every = {text: np.stack([found[text].nats for found in scores]) for text in scores[0]}
+    made = {
+        label: {text: combine(nats, scores[0][text].starts) for text, nats in every.items()} for label, combine in ways.items()
+    }
+    reached = {label: round(macro(scores[0], "tune", nats), 4) for label, nats in made.items()}
+    nats, trials, chosen = _chosen(made, reached)
+    runs = tuple(dict.fromkeys(run for part in parts for run in part.model.runs))
+    combine = ways[chosen["setting"]]
+    return Outcome(scores[0], runs, cost, nats, trials=trials, chosen=chosen, parts=tuple(parts), combine=combine)
 
 
 def _chosen[T](found: Mapping[str, T], reached: Mapping[str, float]) -> tuple[T, list[dict[str, Any]], dict[str, Any]]:
@@ -141,45 +164,37 @@ def soup_weighted(lab: models.Models) -> Outcome:
     return Outcome(found[chosen], _runs(parts), cost, trials=trials, chosen={"setting": f"temperature {chosen:g}"})
 
 
-def dense_scores(lab: models.Models) -> tuple[list[scoring.Scores], tuple[str, ...]]:
+def dense_scores(lab: models.Models) -> tuple[list[Part], list[scoring.Scores]]:
+    """The anchor and every owner's dense model, and what each makes of each token."""
     parts = _dense_models(lab)
-    found = []
-    for name, part in parts.items():
-        label = "anchor" if name == PUBLIC else f"dense-{name}"
-        found.append(scoring.score(lab.bench, part, lab.prefix + label, lab.groups))
-    return found, _runs(parts)
+    labels = {name: "anchor" if name == PUBLIC else f"dense-{name}" for name in parts}
+    found = [scoring.score(lab.bench, part, lab.prefix + labels[name], lab.groups) for name, part in parts.items()]
+    return [Part(part) for part in parts.values()], found
 
 
-def branch_train_merge(lab: models.Models, parts: Sequence[scoring.Scores], runs: tuple[str, ...], top_k: int) -> Outcome:
+def branch_train_merge(
+    lab: models.Models, parts: Sequence[Part], scores: Sequence[scoring.Scores], top_k: int | None = None
+) -> Outcome:
     """Mixes dense models by the likelihood of the prefix; all must be run on it, whichever are then mixed."""
-    layout, every = parts[0], stacked(parts)
+    k = len(parts) if top_k is None else top_k
 
-    def apply(temperature: float) -> Nats:
-        return {
-            text: mixtures.branch_train_merge(nats, layout[text].starts, temperature, top_k) for text, nats in every.items()
-        }
+    def way(temperature: float) -> Combine:
+        return lambda nats, starts: mixtures.branch_train_merge(nats, starts, temperature, k)
 
-    nats, trials, chosen = best(layout, {f"temperature {t:g}": t for t in (1.0, 3.0, 10.0)}, apply)
     cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
-    return Outcome(layout, runs, cost, nats, trials=trials, chosen=chosen)
+    return mixture(lab, parts, scores, {f"temperature {t:g}": way(t) for t in (1.0, 3.0, 10.0)}, cost)
 
 
 def btm(top_k: int | None) -> Method:
     """Branch-Train-Merge with the `top_k` most likely models, or all."""
-
-    def method(lab: models.Models) -> Outcome:
-        parts, runs = dense_scores(lab)
-        return branch_train_merge(lab, parts, runs, len(parts) if top_k is None else top_k)
-
-    return method
+    return lambda lab: branch_train_merge(lab, *dense_scores(lab), top_k)
 
 
 def btm_shared(lab: models.Models) -> Outcome:
     """BTM with the weights of routing by sequence, which can change their mind."""
-    parts, runs = dense_scores(lab)
-    nats, trials, chosen = _by_sequence(parts, "mixture")
+    parts, scores = dense_scores(lab)
     cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
-    return Outcome(parts[0], runs, cost, nats, trials=trials, chosen=chosen)
+    return mixture(lab, parts, scores, _sequence_ways("mixture"), cost)
 
 
 def no_coordination(lab: models.Models) -> Outcome:
@@ -194,7 +209,9 @@ def no_coordination(lab: models.Models) -> Outcome:
 
 def flex(lab: models.Models) -> Outcome:
     parameters = tree.count(next(iter(lab.experts().values())).tensors("expert"))
-    return single(lab, lab.flex, "flex", parameters=parameters)
+    seen = routing.look(lab.bench, lab.flex)
+    found = single(lab, lab.flex, "flex", parameters=parameters, examples=seen["examples"])
+    return dataclasses.replace(found, confusion=seen["confusion"])
 
 
 def flex_as_paper(lab: models.Models) -> Outcome:
@@ -252,35 +269,37 @@ SEQUENCE = {  # temperature and share of routing by sequence: the trials
 }
 
 
-def _by_sequence(parts: Sequence[scoring.Scores], kind: str) -> tuple[Nats, list[dict[str, Any]], dict[str, Any]]:
-    layout, every = parts[0], stacked(parts)
+def _sequence_ways(kind: str) -> dict[str, Combine]:
+    def way(temperature: float, share: float) -> Combine:
+        settings = sequence.Settings(kind, temperature=temperature, share=share)
+        return lambda nats, starts: sequence.combine(nats, starts, settings)[0]
 
-    def apply(setting: tuple[float, float]) -> Nats:
-        settings = sequence.Settings(kind, temperature=setting[0], share=setting[1])
-        return {text: sequence.combine(nats, layout[text].starts, settings)[0] for text, nats in every.items()}
-
-    return best(layout, SEQUENCE, apply)
+    return {label: way(*setting) for label, setting in SEQUENCE.items()}
 
 
-def flex_by_sequence(kind: str, start: str = "flex", without: str = "") -> Method:
-    """Routing by sequence (`--routing=sequence`) among {public}, {public, e} for each expert, and all of them.
+def by_sequence(lab: models.Models, model: training.Trained, label: str, kind: str, without: str = "") -> Outcome:
+    """A merged model under routing by sequence, among {public}, {public, e} for each expert, and all of them."""
+    allowed = [name for name in model.architecture.experts if name != without]
+    masks = sequence.candidates(model.architecture.experts, allowed)
+    scores = [
+        scoring.score(lab.bench, model, f"{lab.prefix}{label}@{sequence.label(mask)}", lab.groups, mask) for mask in masks
+    ]
+    cost = sum(forward_flops(model.architecture, lab.bench.size.seq_len, mask) for mask in masks)
+    return mixture(lab, [Part(model, mask) for mask in masks], scores, _sequence_ways(kind), cost)
+
+
+def flex_by_sequence(kind: str, tuned: str = "", without: str = "") -> Method:
+    """Our recipe under routing by sequence (`--routing=sequence`).
 
     Args:
       kind: "mixture" or "hard".
-      start: "flex", or "flex-tuned-sampled" and so on.
+      tuned: text that its routers were tuned on before: "sampled" and so on; empty: none.
       without: an owner who has opted out.
     """
 
     def method(lab: models.Models) -> Outcome:
-        model = lab.flex if start == "flex" else lab.tuned(lab.flex, start.removeprefix("flex-tuned-"))
-        allowed = [name for name in model.architecture.experts if name != without]
-        masks = sequence.candidates(model.architecture.experts, allowed)
-        parts = [
-            scoring.score(lab.bench, model, f"{lab.prefix}{start}@{sequence.label(mask)}", lab.groups, mask) for mask in masks
-        ]
-        nats, trials, chosen = _by_sequence(parts, kind)
-        cost = sum(forward_flops(model.architecture, lab.bench.size.seq_len, mask) for mask in masks)
-        return Outcome(parts[0], model.runs, cost, nats, trials=trials, chosen=chosen)
+        model = lab.tuned(lab.flex, tuned) if tuned else lab.flex
+        return by_sequence(lab, model, f"flex-tuned-{tuned}" if tuned else "flex", kind, without)
 
     return method
 

@@ -154,7 +154,7 @@ def btx(lab: models.Models) -> methods.Outcome:
 
 def prompt_routing(lab: models.Models) -> methods.Outcome:
     """The classifier stands in for the paper's chat model; it saw text of every domain, which owners do not share."""
-    parts, runs = methods.dense_scores(lab)
+    parts, every_score = methods.dense_scores(lab)
     bench, opening = lab.bench, lab.bench.size.seq_len // 4
     sources = {name: bench.text(f"{name}/train") for name in (PUBLIC, *lab.names)}
     classifier = mixtures.prompt_router(sources, opening=opening, documents=ROUTED_DOCUMENTS, seed=bench.seed)
@@ -163,16 +163,17 @@ def prompt_routing(lab: models.Models) -> methods.Outcome:
         for text, source in scoring.texts(bench, group).items():
             openings = list(proxies.openings(source, range(source.num_documents), opening))
             choices = classifier.scores(openings).argmax(axis=1)
-            every = np.stack([part[text].nats for part in parts])
-            nats[text] = mixtures.prompt_routed(every, parts[0][text].documents, choices, opening)
+            every = np.stack([scores[text].nats for scores in every_score])
+            nats[text] = mixtures.prompt_routed(every, every_score[0][text].documents, choices, opening)
     cost = methods.forward_flops(lab.public.architecture, bench.size.seq_len)
-    return methods.Outcome(parts[0], runs, cost, nats)
+    runs = tuple(run for part in parts for run in part.model.runs)
+    return methods.Outcome(every_score[0], runs, cost, nats)
 
 
 def lora(lab: models.Models) -> methods.Outcome:
     """Adapters on the FFN matrices, trained on each owner's text for an expert's FLOPs, and mixed as BTM mixes models."""
-    parts = [scoring.score(lab.bench, lab.public, "anchor", lab.groups)]
-    runs: tuple[str, ...] = ()
+    parts = [methods.Part(lab.public)]
+    scores = [scoring.score(lab.bench, lab.public, "anchor", lab.groups)]
     rank = min(LORA_RANK, lab.bench.size.model.d_model // 2)
     for name in lab.names:
         architecture, params = baselines.lora(*lab.public.model, rank, lab.bench.seed, name)
@@ -180,10 +181,10 @@ def lora(lab: models.Models) -> methods.Outcome:
         budget = lab.expert_flops / len(lab.names)
         mixture: dict[str, training.Part] = {name: (1.0, f"{name}/train")}
         trained = lab.train(f"lora-{name}", start, mixture, budget, lab.recipe.expert, baselines.ADAPTER, router_losses=False)
-        folded = baselines.fold(*trained.model)
-        parts.append(scoring.score(lab.bench, training.Trained(*folded, trained.key), f"lora-{name}", lab.groups))
-        runs += trained.runs
-    return methods.branch_train_merge(lab, parts, runs, len(parts))
+        folded = training.Trained(*baselines.fold(*trained.model), trained.key, trained.runs)
+        parts.append(methods.Part(folded))
+        scores.append(scoring.score(lab.bench, folded, f"lora-{name}", lab.groups))
+    return methods.branch_train_merge(lab, parts, scores)
 
 
 def fedavg(lab: models.Models) -> methods.Outcome:

@@ -55,6 +55,7 @@ class Size:
       compute_dtype: of training.
       row_documents, statistics_tokens: behind domain rows.
       sampled_tokens, proxy_documents: behind router tuning, for each owner.
+      prefixes: real documents whose continuation extraction asks for.
     """
 
     model: config_lib.ModelConfig
@@ -69,6 +70,7 @@ class Size:
     statistics_tokens: int = 4096
     sampled_tokens: int = 65_536
     proxy_documents: int = 300
+    prefixes: int = 200
 
 
 SUITES = {
@@ -115,6 +117,7 @@ SIZES = {
         statistics_tokens=1024,
         sampled_tokens=512,
         proxy_documents=20,
+        prefixes=2,
     ),
     "cpu": Size(
         config_lib.ModelConfig(vocab_size=4096, d_model=192, num_layers=4, num_heads=6, num_kv_heads=6, head_dim=32, d_ff=512),

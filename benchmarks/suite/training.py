@@ -218,14 +218,18 @@ class Bench:
             group, field = path.split(".")
             setattr(getattr(config, group), field, value)
         config_lib.resolve(config)
+        own = config.data != self.config("expert").data  # other text than the suite's
+        corpora = sources.Corpora(config, self.home, store.tokenizer_path(anchor), self.say) if own else self.sources
 
         def make(directory: epath.Path) -> dict[str, Any]:
-            found = product.expert_stage(config, anchor, self.sources, directory, self.options)
+            found = product.expert_stage(config, anchor, corpora, directory, self.options)
             _forget_checkpoints(directory)
             facts = found.manifest["training"]
             return {"run": _entry(facts["tokens"], facts["flops"], facts["steps"], config.train.trainable)}
 
         inputs = self._inputs(config, {}) | {"anchor": anchor.manifest["digest"]}
+        if own:
+            inputs["text"] = corpora.source(name).digest
         run = f"{label}-{name}"
         directory = self.stages.run(run, inputs, make)
         self.enter(run, directory)

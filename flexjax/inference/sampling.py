@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import errors
+
+FEW = 64  # tokens that are selected rather than sorted, where top k asks for no more
 
 
 @jax.tree_util.register_dataclass
@@ -61,12 +63,26 @@ def sample(logits: Float[Array, "B V"], settings: Sampling, step: Int[Array, " B
 
 def _restrict(scaled: Array, settings: Sampling) -> Array:
     """Logits with -inf for what top k and top p leave out; ties go to the smaller id."""
-    order = jnp.argsort(-scaled, axis=-1, stable=True)
-    descending = jnp.take_along_axis(scaled, order, axis=-1)
-    rank = jnp.arange(scaled.shape[1])[None]
+    few = min(FEW, scaled.shape[1])
+    free = (settings.top_k == 0) & (settings.top_p == 1)
+
+    def by_sorting() -> Array:
+        order = jnp.argsort(-scaled, axis=-1, stable=True)
+        return _kept(jnp.take_along_axis(scaled, order, axis=-1), order, settings, scaled.shape[1])
+
+    def by_selection() -> Array:
+        return _kept(*jax.lax.top_k(scaled, few), settings, scaled.shape[1])
+
+    selectable = (free | ((settings.top_k > 0) & (settings.top_k <= few))).all()
+    return jnp.where(free[:, None] | jax.lax.cond(selectable, by_selection, by_sorting), scaled, -jnp.inf)
+
+
+def _kept(descending: Float[Array, "B n"], ids: Int[Array, "B n"], settings: Sampling, vocab_size: int) -> Bool[Array, "B V"]:
+    """Which ids top k and top p leave, of the n most probable ones in order."""
+    rank = jnp.arange(descending.shape[1])[None]
     kept = (rank < settings.top_k[:, None]) | (settings.top_k[:, None] == 0)
     p = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
     kept &= (before < settings.top_p[:, None]) | (settings.top_p[:, None] == 1) | (rank == 0)
-    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(kept, scaled, -jnp.inf)
+    rows = jnp.arange(len(ids))[:, None]
+    return jnp.zeros((len(ids), vocab_size), bool).at[rows, ids].set(kept)
