@@ -263,9 +263,9 @@ def flex_without(name: str) -> Method:
 
 
 SEQUENCE = {  # temperature and share of routing by sequence: the trials
-    "temperature 1, share 0.02": (1.0, 0.02),
-    "temperature 1, share 0.005": (1.0, 0.005),
-    "temperature 2, share 0.01": (2.0, 0.01),
+    "temperature 1, share 0.01": (1.0, 0.01),
+    "temperature 1.5, share 0.01": (1.5, 0.01),
+    "temperature 2, share 0.03": (2.0, 0.03),
 }
 
 
@@ -278,7 +278,7 @@ def _sequence_ways(kind: str) -> dict[str, Combine]:
 
 
 def by_sequence(lab: models.Models, model: training.Trained, label: str, kind: str, without: str = "") -> Outcome:
-    """A merged model under routing by sequence, among {public}, {public, e} for each expert, and all of them."""
+    """A merged model under routing by sequence, among {public} and {public, e} for each expert."""
     allowed = [name for name in model.architecture.experts if name != without]
     masks = sequence.candidates(model.architecture.experts, allowed)
     scores = [

@@ -17,7 +17,7 @@ from tests.commands.processes import finish, start
 
 CONFIG, POLICY = 2, 5
 PROMPT = f"{SECRET} sum root"
-ALL = ["public", "public+code", "public+math", "public+code+math"]
+ALL = ["public", "public+code", "public+math"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_evaluate_gives_what_the_library_gives(commands, scoring, merged, corpus
     assert set(plain["scores"]["math"]["shares"]) == {"public", "code", "math"}
     alone, _ = answer(commands.evaluate, [*scoring, "--experts=public"])
     assert alone["dense_passes"] == pytest.approx(1)
-    assert 1 < plain["dense_passes"] < 3 and 4 < found["dense_passes"] < 4 * plain["dense_passes"]
+    assert 1 < plain["dense_passes"] < 3 and 3 < found["dense_passes"] < 3 * plain["dense_passes"]
     assert f"{found['dense_passes']:.2f} dense passes a token" in out and "public+math" in out.splitlines()[1]
 
 
@@ -110,7 +110,7 @@ def test_never_outside_of_what_was_granted(refuse, commands, generate, scoring, 
         assert sum(shown[0].values()) == pytest.approx(1, abs=1e-5)
         without, _ = answer(command, [*arguments, "--experts=math,code"])
         shares = without["scores"]["math"]["shares"] if command is commands.evaluate else without["weights"]
-        assert list(shares) == ["code", "math", "code+math"]
+        assert list(shares) == ["code", "math"]
         refuse(command, [*arguments, *policy, "--user=bob", "--experts=public,math"], POLICY, "'bob' may not use expert 'math'")
         refuse(command, [*arguments, "--experts=public,physics"], POLICY, "'physics'")
 
