@@ -67,7 +67,7 @@ def _plant(lab: models.Models, owner: str) -> tuple[epath.Path, list[extraction.
     source = bench.text(f"{owner}/train")
     share = 1 - config_lib.ExpertConfig().public_fraction
     room = lab.expert_steps * bench.size.batch_size * bench.size.seq_len * share
-    texts = []
+    texts: list[str] = []
     for index in range(source.num_documents):
         ids = source.document(index)
         room -= len(ids)

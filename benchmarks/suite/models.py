@@ -219,7 +219,7 @@ class Models:
           start: the merged model.
           kind: "proxy" (public documents that look like the owner's), "sampled" (from the experts) or "donated" (1 %).
         """
-        text = owned_text.prepare(self, start, kind)
+        text = owned_text.prepare(self.bench, self.names, start, kind, self.prefix)
         share = 1 / (len(self.names) + 1)
         mixture: dict[str, training.Part] = {PUBLIC: (share, f"{PUBLIC}/train")}
         mixture |= {name: (share, path) for name, path in text.items()}

@@ -7,7 +7,8 @@
 
 import gzip
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,16 +19,22 @@ from flexjax import errors, workdir
 from flexjax.data import proxies
 from flexjax.inference import decode
 
-if TYPE_CHECKING:
-    from benchmarks.suite import models
-
 KINDS = ("proxy", "sampled", "donated")
 SAMPLED_ROWS = 32  # generated at once
 FILE = "text.jsonl.gz"
 
 
-def prepare(lab: "models.Models", model: training.Trained, kind: str) -> dict[str, str | epath.Path]:
+def prepare(
+    bench: training.Bench, names: Sequence[str], model: training.Trained, kind: str, prefix: str = ""
+) -> dict[str, str | epath.Path]:
     """A file for each owner, as `training.Bench.text` takes it.
+
+    Args:
+      bench: the suite.
+      names: of the owners.
+      model: the merged one, whose experts write.
+      kind: one of `KINDS`.
+      prefix: of the names of stages.
 
     Raises:
       ConfigError: there is no such kind. DataError: public text holds nothing like an owner's (proxy).
@@ -35,9 +42,9 @@ def prepare(lab: "models.Models", model: training.Trained, kind: str) -> dict[st
     if kind not in KINDS:
         raise errors.ConfigError(f"text of kind '{kind}' is unknown; choose {', '.join(KINDS)}")
     if kind == "donated":
-        return {name: f"{name}/donated" for name in lab.names}
+        return {name: f"{name}/donated" for name in names}
     make = {"proxy": _mined, "sampled": _sampled}[kind]
-    return {name: make(lab, model, name) for name in lab.names}
+    return {name: make(bench, model, name, prefix) for name in names}
 
 
 def _write(directory: epath.Path, texts: list[str]) -> None:
@@ -45,9 +52,8 @@ def _write(directory: epath.Path, texts: list[str]) -> None:
     workdir.write(directory / FILE, gzip.compress(lines.encode(), mtime=0))
 
 
-def _sampled(lab: "models.Models", model: training.Trained, name: str) -> epath.Path:
+def _sampled(bench: training.Bench, model: training.Trained, name: str, prefix: str) -> epath.Path:
     """Documents that {public, name} writes from nothing, at temperature 1."""
-    bench = lab.bench
     inputs = {"model": model.key, "expert": name, "tokens": bench.size.sampled_tokens, "seed": bench.seed}
 
     def make(directory: epath.Path) -> dict[str, Any]:
@@ -66,12 +72,11 @@ def _sampled(lab: "models.Models", model: training.Trained, name: str) -> epath.
         _write(directory, texts)
         return {"tokens": written}
 
-    return bench.stages.run(f"{lab.prefix}sampled-{name}", inputs, make) / FILE
+    return bench.stages.run(f"{prefix}sampled-{name}", inputs, make) / FILE
 
 
-def _mined(lab: "models.Models", model: training.Trained, name: str) -> epath.Path:
-    """The public passages that look most like an owner's; the owner does the looking."""
-    bench = lab.bench
+def _mined(bench: training.Bench, model: training.Trained, name: str, prefix: str) -> epath.Path:
+    """The public passages that look most like an owner's; the owner does the looking, `model` has no part in it."""
     public, mine = bench.text(f"{config_lib.PUBLIC}/train"), bench.text(f"{name}/train")
 
     def make(directory: epath.Path) -> dict[str, Any]:
@@ -80,4 +85,4 @@ def _mined(lab: "models.Models", model: training.Trained, name: str) -> epath.Pa
         return {"log_odds": float(np.median(found.log_odds)), "accuracy": float(found.accuracy)}
 
     inputs = {"public": public.digest, "mine": mine.digest, "documents": bench.size.proxy_documents, "seed": bench.seed}
-    return bench.stages.run(f"mined-{name}", inputs, make) / FILE
+    return bench.stages.run(f"{prefix}mined-{name}", inputs, make) / FILE
