@@ -13,7 +13,7 @@ from etils import epath
 from benchmarks.reporting import accounts, figures, quality, sections, tables
 from benchmarks.reporting import rows as rows_lib
 from benchmarks.reporting.measures import LEVEL, RESAMPLES, Measures
-from benchmarks.reporting.rows import FLEX, INTERLEAVED, JOINT_2X, REAL, TUNE, UNSEEN, Row
+from benchmarks.reporting.rows import FLEX, INTERLEAVED, JOINT_1X, JOINT_2X, REAL, TUNE, UNSEEN, Row
 from flexjax import errors, workdir
 
 FILE = "report.md"
@@ -58,6 +58,8 @@ def page(measures: Measures, home: epath.Path, drawn: dict[str, str]) -> list[st
     """The report's lines; `drawn` has the Markdown of each figure that there is."""
     row = next(iter(measures.rows.values()))
     lines = [f"# Suite `{row['suite']}`, size `{row['size']}`", "", *_verdict(measures)]
+    for warning in accounts.comparable(measures):
+        lines += ["", warning]
 
     def add(title: str, body: list[str], absent: str, figure: str = "") -> None:
         lines.extend(["", f"## {title}", "", *(body or [absent])])
@@ -103,7 +105,10 @@ def _verdict(measures: Measures) -> list[str]:
             "tuned": "by token, router tuned",
             "sequence": "by sequence, nothing tuned",
         }
-        found = [f"{title[kind]} {tables.percent(measures.gap(method))} %" for kind, method in best.items()]
+        found = [
+            f"{title[kind]} {tables.percent(measures.gap(method))} % ({quality.cost(measures, method)} {JOINT_1X})"
+            for kind, method in best.items()
+        ]
         lines += ["", f"Gap to {JOINT_2X} closed by merged experts: {'; '.join(found)}."]
     return lines
 
@@ -118,13 +123,17 @@ def _origin(measures: Measures) -> list[str]:
     done = sum(bool(measures.seeds_of(method)) for method in measures.methods)
     body = [
         ("seeds", ", ".join(map(str, measures.seeds))),
+        (
+            "what seeds share",
+            "corpus, split, tokenizer, learning rates; they differ in initialisation, anchor, experts, text order",
+        ),
         ("methods", f"{done} of {len(measures.methods)} finished"),
         ("corpus", f"`{rows[0].get('corpus', 'unknown')}`"),
         ("scored text", "; ".join(_scored(measures)) or "none"),
         ("commit", every("commit")),
         ("device", every("device")),
         ("jax", every("jax")),
-        ("rows written", f"{times[0]} to {times[-1]} UTC" if times else "unknown"),
+        ("methods began", f"{times[0]} to {times[-1]} UTC" if times else "unknown"),
     ]
     return [f"- {what}: {value}" for what, value in body]
 
@@ -147,20 +156,24 @@ def _paper(measures: Measures) -> list[str]:
 
 
 def _quality(measures: Measures) -> list[str]:
-    lines = tables.table(quality.HEAD, [claim.row for claim in quality.claims(measures)], text=len(quality.HEAD))
+    claims = quality.claims(measures)
+    lines = tables.table(quality.HEAD, [claim.row for claim in claims], text=len(quality.HEAD))
     judge = "the tuning half" if quality.judged_on(measures) == TUNE else "this very text, which is a little generous,"
     said = f"Where several methods are of a kind, the best on {judge} is taken."
+    few = any(len(measures.seeds_of(claim.method)) < quality.ENOUGH for claim in claims if claim.method)
+    notes = [said, quality.COST, *([quality.FEW_SEEDS] if few else [])]
     warning = [] if measures.sanity().holds else ["**Sanity does not hold: none of this may be claimed.**", ""]
-    return [*warning, *lines, "", said]
+    return [*warning, *lines, "", *notes]
 
 
 def _mixed(measures: Measures) -> list[str]:
     lines = tables.other_text(measures, (INTERLEAVED, REAL))
     btm = sections.against_btm(measures)
     said = (
-        f"Bits per byte against the best BTM that costs at most {quality.EQUAL - 1:.0%} more at inference (negative: better):"
+        "Bits per byte against the best BTM or prompt routing that costs at most "
+        f"{round(100 * (quality.EQUAL - 1))} % more at inference, else the cheapest (negative: better):"
     )
-    return [*lines, "", said.replace("%", " %", 1), "", *btm] if lines and btm else lines
+    return [*lines, "", said, "", *btm, "", quality.COST] if lines and btm else lines
 
 
 def _removal(measures: Measures) -> list[str]:

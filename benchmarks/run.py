@@ -6,7 +6,6 @@ python -m benchmarks.run --suite=table1 [--size=cpu] [--data_root=DIR] [--method
 Starting it again goes on where it was: finished stages and rows are kept. `--suite=installed` needs no data.
 """
 
-import dataclasses
 import datetime
 import json
 import math
@@ -22,7 +21,8 @@ from etils import epath
 from benchmarks import report, throughput
 from benchmarks.reporting import rows
 from benchmarks.suite import catalogue, methods, models, scoring, suites, sweep, tasks, training, tuning
-from flexjax import command, errors, memory, tree, workdir
+from flexjax import command, errors, memory, presets, tree, workdir
+from flexjax import config as config_lib
 
 SUITE = flags.DEFINE_string("suite", "table1", f"One of {', '.join(suites.SUITES)}.")
 SIZE = flags.DEFINE_string("size", "cpu", f"One of {', '.join(suites.SIZES)}.")
@@ -34,7 +34,9 @@ TASKS = flags.DEFINE_list("tasks", [], "Benchmark items to ask as well: names of
 SWEEP = flags.DEFINE_multi_string("sweep", [], "PATH=VALUE,... of the expert recipe: trains and ranks the grid, nothing else.")
 WORKDIR = flags.DEFINE_string("workdir", None, "For stages; default runs/benchmarks/<suite>-<size>.")
 OUT = flags.DEFINE_string("out", None, "For rows, report and figures; default benchmarks/results/<suite>-<size>.")
+COMMIT = throughput.commit()  # of the code that runs, whatever is committed meanwhile
 RECIPE = "recipe.json"
+FIRST = 0  # the seed on which learning rates are tuned
 
 
 def main(argv: list[str]) -> None:
@@ -50,17 +52,20 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(OUT.value or f"benchmarks/results/{name}")
     home = workdir.create(WORKDIR.value or os.path.join("runs", "benchmarks", name))
     command.compilation_cache(home / "compiled")
+    failed: list[str] = []
     with workdir.lock(home):
         for seed in range(FIRST_SEED.value, FIRST_SEED.value + SEEDS.value):
             bench = training.Bench(suite, SIZE.value, home, DATA_ROOT.value, seed, say)
             if points:
                 run_sweep(bench, points, out)
             else:
-                run_seed(bench, chosen, out, asked)
+                failed += run_seed(bench, chosen, out, asked)
     if points:
         return
     report.write(rows.read(out / rows.FILE), out)
     say(f"report: {out / 'report.md'}")
+    if failed:
+        raise errors.FlexjaxError(f"{len(failed)} methods failed: {', '.join(failed)}; the report and {home}/failed-* say why")
 
 
 def say(text: str) -> None:
@@ -71,8 +76,7 @@ def say(text: str) -> None:
 def run_sweep(bench: training.Bench, points: Sequence[Mapping[str, Any]], out: pathlib.Path) -> None:
     """Ranks a grid of settings on one seed; `sweep.jsonl` keeps every point."""
     out.mkdir(parents=True, exist_ok=True)
-    recipe, _ = _recipe(bench, out)
-    ranked = sweep.run(models.Models(bench, recipe, groups=("tune",)), points)
+    ranked = sweep.run(models.Models(bench, _rates(bench, out), groups=("tune",)), points)
     path = out / "sweep.jsonl"
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     same = {json.dumps([row["seed"], row["settings"]]) for row in ranked}
@@ -84,89 +88,99 @@ def run_sweep(bench: training.Bench, points: Sequence[Mapping[str, Any]], out: p
 
 def run_seed(
     bench: training.Bench, chosen: Mapping[str, catalogue.Entry], out: pathlib.Path, asked: Sequence[str] = ()
-) -> None:
-    """Writes those rows of one seed that are not in `out` yet, with the tasks that are asked for."""
+) -> list[str]:
+    """Writes those rows of one seed that are not in `out` yet, with the tasks that are asked for; returns what failed.
+
+    Raises:
+      NumericError: the anchor does not pass the suite's gate.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    recipe, trials = _recipe(bench, out)
-    made_of = {"suite": repr(bench.suite), "size": repr(bench.size), "recipe": dataclasses.asdict(recipe)}
-    inputs = tree.sha256(tree.canonical_json(made_of))
-    done = _done(bench, inputs, out, asked)
-    lab = models.Models(bench, recipe)
+    rates = _rates(bench, out)
+    found = {row["method"]: row for row in _rows(out) if row["seed"] == bench.seed and row["status"] == "ok"}
+    lab = models.Models(bench, rates)
+    failed = []
     for name, entry in chosen.items():
-        if name in done:
+        before = found.get(name)
+        if before is not None and (before["corpus"], before["inputs"]) != (bench.corpus, rates.inputs):
+            bench.say(f"seed {bench.seed}: {name}: what it is made of changed, run anew")
+            before = None
+        answered = {} if before is None else before["extra"].get("tasks", None if asked else {})
+        if before is not None and (answered == {} or set(asked) <= set(answered or ())):
             bench.say(f"seed {bench.seed}: {name}: finished, skipped")
             continue
-        head = {
-            "suite": bench.suite.name,
-            "size": bench.size_name,
-            "seed": bench.seed,
-            "method": name,
-            "title": entry.title,
-            "group": entry.group,
-            "corpus": bench.corpus,
-            "inputs": inputs,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **throughput.machine(),
-        }
+        head = _head(bench, name, entry) | {"inputs": rates.inputs}
         try:
+            lab.anchor  # noqa: B018  its gate stops the suite, not a method
             outcome = entry.method(lab)
             if asked:
-                outcome.extra["tasks"] = tasks.scores(lab, outcome, asked)
-            row = head | {"status": "ok", "error": ""} | _result(lab, outcome, trials)
-        except errors.Preempted:
+                outcome.extra["tasks"] = tasks.scores(lab, name, outcome, sorted({*asked, *(answered or ())}))
+            row = head | {"status": "ok", "error": ""} | _result(lab, outcome)
+            kinds = {lab.kinds[run] for run in outcome.runs if run in lab.kinds}
+            row |= {"learning_rates": {kind: rates.trials[kind] for kind in sorted(kinds & set(rates.trials))}}
+        except (errors.Preempted, errors.StorageError):
             raise
         except Exception as error:  # whatever it is, the table must show it
+            if isinstance(error, errors.NumericError) and "anchor" not in bench.ledger:
+                raise
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            for secret, instead in ((os.fspath(bench.home), "WORKDIR"), (bench.data_root or "\0", "DATA_ROOT")):
+                said = said.replace(secret, instead)
             (bench.home / f"failed-{bench.seed}-{name}.txt").write_text(traceback.format_exc())
-            row = head | {"status": "failed", "error": said}
             bench.say(f"seed {bench.seed}: {name}: FAILED, {said}")
+            failed.append(name)
+            row = head | {"status": "failed", "error": said} if before is None else before
         _put(out, row)
         if row["status"] == "ok":
             scores = row["scores"]["report"].items()
-            found = {domain: sum(each["nats"]) / math.log(2) / sum(each["bytes"]) for domain, each in scores}
-            told = "  ".join(f"{domain} {value:.3f}" for domain, value in found.items())
+            reached = {domain: sum(each["nats"]) / math.log(2) / sum(each["bytes"]) for domain, each in scores}
+            told = "  ".join(f"{domain} {value:.3f}" for domain, value in reached.items())
             bench.say(f"seed {bench.seed}: {name}: {told}")
+    return failed
 
 
-def _recipe(bench: training.Bench, out: pathlib.Path) -> tuple[models.Recipe, tuning.Trials]:
-    """What tuning chose on the first seed; kept beside the rows, so that it outlives the stages."""
-    path = epath.Path(out / RECIPE)
-    saved = workdir.read_json(path)
-    if saved is not None and saved["corpus"] == bench.corpus:
-        return models.Recipe(**saved["recipe"]), saved["trials"]
-    bench.say("tuning: three learning rates for each kind of run")
-    recipe, trials = tuning.choose(bench)
-    workdir.write_json(
-        path, {"corpus": bench.corpus, "seed": bench.seed, "recipe": dataclasses.asdict(recipe), "trials": trials}
-    )
-    return recipe, trials
+def _head(bench: training.Bench, name: str, entry: catalogue.Entry) -> dict[str, Any]:
+    return {
+        "suite": bench.suite.name,
+        "size": bench.size_name,
+        "seed": bench.seed,
+        "method": name,
+        "title": entry.title,
+        "group": entry.group,
+        "corpus": bench.corpus,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **throughput.machine(),
+        "commit": COMMIT,
+    }
 
 
-def _done(bench: training.Bench, inputs: str, out: pathlib.Path, asked: Sequence[str]) -> set[str]:
-    """Methods of a seed that have a row made of the same things, with the tasks that are asked for."""
-    if not (out / rows.FILE).exists():
-        return set()
-    found = [row for row in rows.read(out / rows.FILE) if row["seed"] == bench.seed and row["status"] == "ok"]
-    same = {row["method"] for row in found if (row["corpus"], row["inputs"]) == (bench.corpus, inputs)}
-    for name in sorted({row["method"] for row in found} - same):
-        bench.say(f"seed {bench.seed}: {name}: what it is made of changed, run anew")
-    answered = {row["method"]: row["extra"].get("tasks") for row in found}
-    return {name for name in same if not asked or answered[name] == {} or set(asked) <= set(answered[name] or ())}
+def _rates(bench: training.Bench, out: pathlib.Path) -> tuning.Rates:
+    """The learning rates of the suite, with what they and all rows depend on."""
+    kinds = (presets.public_training, presets.expert_training, presets.joint_training, presets.router_training)
+    settings = [config_lib.to_dict(kind("mini")) for kind in kinds]
+    constants = [models.RATES, tuning.FACTORS, tuning.FRACTION, methods.SEQUENCE, config_lib.to_dict(config_lib.ExpertConfig())]
+    made_of = [bench.corpus, repr(bench.suite), repr(bench.size), settings, constants]
+    first = bench
+    if bench.seed != FIRST:
+        first = training.Bench(bench.suite, bench.size_name, bench.home, bench.data_root, FIRST, bench.say)
+    return tuning.Rates(first, epath.Path(out / RECIPE), tree.sha256(tree.canonical_json(made_of)))
+
+
+def _rows(out: pathlib.Path) -> list[dict[str, Any]]:
+    return rows.read(out / rows.FILE) if (out / rows.FILE).exists() else []
 
 
 def _put(out: pathlib.Path, row: dict[str, Any]) -> None:
     """Adds a row in place of the one that the same method and seed had."""
     path = out / rows.FILE
-    kept = rows.read(path) if path.exists() else []
-    kept = [other for other in kept if (other["method"], other["seed"]) != (row["method"], row["seed"])]
+    kept = [other for other in _rows(out) if (other["method"], other["seed"]) != (row["method"], row["seed"])]
     workdir.write(epath.Path(path), "".join(json.dumps(each) + "\n" for each in [*kept, row]).encode())
 
 
-def _result(lab: models.Models, outcome: methods.Outcome, trials: tuning.Trials) -> dict[str, Any]:
+def _result(lab: models.Models, outcome: methods.Outcome) -> dict[str, Any]:
     """The part of a row that the method decides."""
     bench = lab.bench
     runs = {run: bench.ledger[run] for run in outcome.runs}
-    dense = methods.forward_flops(lab.public.architecture, bench.size.seq_len)
+    dense = training.forward_flops(lab.public.architecture, bench.size.seq_len)
     texts: dict[str, dict[str, Any]] = {}
     shares = {}
     for text, scores in outcome.scores.items():
@@ -187,7 +201,6 @@ def _result(lab: models.Models, outcome: methods.Outcome, trials: tuning.Trials)
         "shares": shares,
         **({} if outcome.confusion is None else {"confusion": outcome.confusion}),
         "trials": outcome.trials,
-        "learning_rates": trials,
         "chosen": outcome.chosen,
         "extra": outcome.extra,
     }

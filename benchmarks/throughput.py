@@ -27,12 +27,20 @@ from flexjax.train import flops, metrics, program
 REPEATS = 15
 
 
+def commit() -> str:
+    """The commit that is checked out, and whether tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on, and with what."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = jax.devices()[0].device_kind
     return {
-        "commit": commit,
+        "commit": commit(),
         "device": f"{jax.device_count()} x {device}" if device != "cpu" else f"{os.cpu_count()} CPU cores",
         "processor": platform.machine(),
         "jax": jax.__version__,

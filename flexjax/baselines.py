@@ -36,7 +36,7 @@ def soup(models: Sequence[Params], weights: Sequence[float] | None = None) -> Pa
     """The weighted mean of several parameter trees, each leaf in its own dtype.
 
     Args:
-      models: trees with the same paths.
+      models: trees with the same paths and shapes.
       weights: of each, not negative, of any sum above 0; None: all alike.
 
     Raises:
@@ -52,6 +52,12 @@ def soup(models: Sequence[Params], weights: Sequence[float] | None = None) -> Pa
     for other in flat[1:]:
         if odd := sorted(set(flat[0]) ^ set(other)):
             raise errors.ConfigError(f"{odd[0]} is not in all of the models; average models of one architecture")
+        for path, leaf in flat[0].items():
+            if leaf.shape != other[path].shape:
+                raise errors.ConfigError(
+                    f"{path} is {list(leaf.shape)} in one model and {list(other[path].shape)} in another; "
+                    "average models of one architecture"
+                )
 
     def mean(path: str) -> np.ndarray:
         leaves = [np.asarray(leaves[path]) for leaves in flat]
@@ -161,28 +167,28 @@ def lora(
 
 
 def fold(architecture: transformer.Architecture, params: Params) -> tuple[transformer.Architecture, Params]:
-    """The dense model that a LoRA model computes, its adapter multiplied out."""
+    """The dense model that a LoRA model computes, its adapter multiplied out.
+
+    Raises:
+      ConfigError: the model is none of `lora`.
+    """
+    adapters = [name for bank in architecture.banks if bank.rank for name in bank.experts]
+    if len(adapters) != 1 or set(architecture.experts) != {config_lib.PUBLIC, *adapters}:
+        raise errors.ConfigError(
+            f"expected {config_lib.PUBLIC} and one low-rank adapter, got experts {', '.join(architecture.experts)}, of which "
+            f"low-rank: {', '.join(adapters) or 'none'}; give a model that `lora` made"
+        )
     shared, experts = surgery.split(params, architecture.banks)
-    (name,) = set(experts) - {config_lib.PUBLIC}
+    (name,) = adapters
     whole = surgery.expand(experts[name], experts[config_lib.PUBLIC])
     folded, banks = surgery.join(shared, {config_lib.PUBLIC: {"ffn": whole["ffn"]}})
     return surgery.architecture(architecture.config, banks, 1), folded
 
 
-def federated_mean(trees: Sequence[Params], tokens: Sequence[float]) -> Params:
-    """The server's step of a FedAvg round: the mean of the leaves that owners trained, weighed by the tokens each saw.
-
-    Raises:
-      ConfigError: as `soup`.
-    """
-    return soup(trees, tokens)
-
-
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One round of FedAvg: every owner takes `steps` steps from the same weights, after `start` steps in former rounds."""
+    """One round of FedAvg: every owner takes `steps` steps from the same weights."""
 
-    start: int
     steps: int
     learning_rate: float
 
@@ -190,7 +196,8 @@ class Round:
 def federated_rounds(steps: int, local_steps: int, learning_rate: float, final_fraction: float = 0.1) -> list[Round]:
     """Cuts each owner's steps into rounds, the last one shorter, at the rates of one cosine (at each round's middle).
 
-    The caller averages after each round, trains with `decay="constant"`, and gives each round text of its own.
+    The server's step after each round is the `soup` of what owners trained, weighed by the tokens that each saw. The caller
+    trains with `decay="constant"`, and gives each round text of its own.
 
     Raises:
       ConfigError: a number of steps is below 1.
@@ -201,7 +208,7 @@ def federated_rounds(steps: int, local_steps: int, learning_rate: float, final_f
     for start in range(0, steps, local_steps):
         size = min(local_steps, steps - start)
         cosine = 0.5 * (1 + math.cos(math.pi * (start + size / 2) / steps))
-        found.append(Round(start, size, learning_rate * (final_fraction + (1 - final_fraction) * cosine)))
+        found.append(Round(size, learning_rate * (final_fraction + (1 - final_fraction) * cosine)))
     return found
 
 

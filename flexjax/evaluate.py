@@ -98,16 +98,9 @@ def dense_passes(architecture: transformer.Architecture, masks: sequence.Masks, 
 
     Counts what has to be computed (`train.flops`): of a mask, its own experts, `top_k` of them at most.
     """
-
-    def forward(banks: tuple[config_lib.Bank, ...], top_k: int) -> float:
-        return flops.per_token(transformer.Architecture(architecture.config, banks, top_k), {}, seq_len).forward
-
-    def masked(mask: tuple[str, ...]) -> float:
-        kept = ((bank, tuple(name for name in bank.experts if name in mask)) for bank in architecture.banks)
-        banks = tuple(dataclasses.replace(bank, experts=names) for bank, names in kept if names)
-        return forward(banks, min(architecture.top_k, len(mask)))
-
-    return sum(map(masked, masks)) / forward(transformer.dense_banks(architecture.config), 1)
+    dense = transformer.Architecture(architecture.config, transformer.dense_banks(architecture.config))
+    together = sum(flops.forward_per_token(architecture, seq_len, mask) for mask in masks)
+    return together / flops.forward_per_token(dense, seq_len)
 
 
 def _score(

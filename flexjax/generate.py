@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +79,10 @@ def main(argv: list[str]) -> None:
     seconds = time.monotonic() - started
     print(f"{len(ids)} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
     if JSON.value:
-        named = dict(zip(map(sequence.label, masks), weights, strict=False))
-        routing = {"routing": "sequence", "sequence": how.kind, "weights": named} if how else {"routing": "token"}
+        routing: dict[str, Any] = {"routing": "token"}
+        if how:
+            named = dict(zip(map(sequence.label, masks), weights, strict=True))
+            routing = {"routing": "sequence", "sequence": how.kind, "weights": named}
         ended = len(ids) < MAX_NEW_TOKENS.value
         result = {
             "model": MODEL.value,

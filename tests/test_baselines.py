@@ -33,7 +33,10 @@ ROWS = {name: noise.params(DENSE, 9 + i)["layers"]["norms"]["ffn"] for i, name i
 @functools.cache
 def program(architecture_key):
     architecture = transformer.Architecture(TINY, *architecture_key)
-    return jax.jit(lambda params: transformer.logits(params, transformer.forward(params, TOKENS, architecture).hidden))
+    return jax.jit(
+        lambda params: transformer.logits(params, transformer.forward(params, TOKENS, architecture).hidden),
+        compiler_options=tiny.QUICK,
+    )
 
 
 def logits(architecture, params):
@@ -85,6 +88,15 @@ def test_models_of_other_paths_make_no_mean():
         baselines.soup([ANCHOR, {**MATH, "head": {"norm": MATH["head"]["norm"]}}])
     with pytest.raises(errors.ConfigError, match="0 models"):
         baselines.soup([])
+
+
+def test_models_of_other_shapes_make_no_mean():
+    """Not even where NumPy would stretch one to the other."""
+    flat = tree.flatten(MATH)
+    for leaf in (flat["layers/norms/ffn"][:1], flat["layers/norms/ffn"][..., :1], flat["layers/norms/ffn"][0]):
+        odd = tree.unflatten(flat | {"layers/norms/ffn": leaf})
+        with pytest.raises(errors.ConfigError, match=r"layers/norms/ffn is \[2, 8\] in one model and \["):
+            baselines.soup([ANCHOR, MATH, odd])
 
 
 # dense experts put together
@@ -175,6 +187,17 @@ def test_lora_is_its_adapter_alone_and_folds_into_a_dense_model():
     assert_same_function(folded, (architecture, trained))
 
 
+def test_only_lora_models_are_folded():
+    two = {name: ROWS[name] for name in ("public", "math")}
+    for found in (
+        (DENSE, ANCHOR),
+        baselines.no_coordination(DENSE, ANCHOR, {"math": MATH}, two),
+        baselines.no_coordination(DENSE, ANCHOR, {"math": MATH, "code": CODE}, ROWS),
+    ):
+        with pytest.raises(errors.ConfigError, match=r"one low-rank adapter, got experts public.*`lora` made"):
+            baselines.fold(*found)
+
+
 def test_a_training_step_trains_the_adapter_and_nothing_else():
     dense, source = tiny.ARCHITECTURES["dense"], tiny.Letters(vocab=12)
     architecture, params = baselines.lora(dense, tiny.params_of("dense"), rank=4, seed=0, name="math")
@@ -198,27 +221,19 @@ def test_a_training_step_trains_the_adapter_and_nothing_else():
 # FedAvg
 
 
-def test_a_federated_mean_weighs_owners_by_their_tokens():
-    tokens = [300, 100]
-    found = baselines.federated_mean([MATH, CODE], tokens)
-    assert equal(found, baselines.soup([MATH, CODE], [0.75, 0.25]))
-    assert equal(baselines.federated_mean([MATH], [7]), MATH)
-    assert equal(baselines.federated_mean([MATH, MATH], tokens), MATH)
-
-
 def test_owners_who_pull_in_opposite_directions_cancel():
     steps = tree.map_with_path(lambda _, leaf: np.float32(2**-10) * np.round(leaf * 8), MATH)
     start = tree.map_with_path(lambda _, leaf: np.round(leaf * 16) / np.float32(16), ANCHOR)
     up = tree.map_with_path(lambda _, a, b: a + b, start, steps)
     down = tree.map_with_path(lambda _, a, b: a - b, start, steps)
-    found = tree.flatten(baselines.federated_mean([up, down], [5, 5]))
+    found = tree.flatten(baselines.soup([up, down], [5, 5]))
     assert all((leaf == found[path]).all() for path, leaf in tree.flatten(start).items())
 
 
 @given(st.integers(1, 400), st.integers(1, 90))
 def test_rounds_cover_all_steps_at_falling_rates(steps, local):
     rounds = baselines.federated_rounds(steps, local, 0.5)
-    assert [r.start for r in rounds] == list(range(0, steps, local))
+    assert all(r.steps == local for r in rounds[:-1])
     assert sum(r.steps for r in rounds) == steps and all(1 <= r.steps <= local for r in rounds)
     rates = [r.learning_rate for r in rounds]
     assert all(0.05 <= rate <= 0.5 for rate in rates) and all(a > b for a, b in itertools.pairwise(rates))

@@ -1,40 +1,95 @@
-"""What a suite took, and what did not work: tuning trials, failures, the ledger of FLOPs, the log of attempts."""
+"""What a suite was made of, what it took, and what did not work: trials, failures, the ledger of FLOPs, the log of attempts."""
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from benchmarks.reporting.measures import Measures
+from benchmarks.reporting.rows import Row
 from benchmarks.reporting.tables import NONE, code, number, table
 
 ATTEMPTS = "attempts.md"
+CHANGED = "+changes"  # behind a commit that the code differed from
 FEW = 3  # methods that are named, rather than counted
 
 
+def comparable(measures: Measures) -> list[str]:
+    """A line each: of what finished rows were not made alike by `inputs`, and by which code if not by one clean commit."""
+    rows = [row for row in measures.rows.values() if row["status"] == "ok"]
+    found = []
+    inputs = _named(rows, "inputs")
+    if len(inputs) > 1:
+        (digest, _), *others = inputs.items()
+        odd = "; ".join(f"`{other:.12}`: {who}" for other, who in others)
+        found.append(f"**Not comparable: rows were made of different `inputs`.** Most of `{digest:.12}`, but {odd}.")
+    commits = _named(rows, "commit")
+    if len(commits) > 1:
+        (commit, _), *others = commits.items()
+        odd = "; ".join(f"`{other:.40}`: {who}" for other, who in others)
+        found.append(f"Rows are of several commits: most of `{commit:.40}`; {odd}.")
+    changed = [commit for commit in commits if commit.endswith(CHANGED)]
+    if changed:
+        said = ", ".join(f"`{commit:.40}`" for commit in changed)
+        found.append(f"Code that is in no commit, `{CHANGED}`: {said}.")
+    return found
+
+
+def _named(rows: Iterable[Row], field: str) -> dict[str, str]:
+    """By value of a field, the most frequent first: the methods, with their seeds, that have it."""
+    groups: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get(field) or "unknown"), {}).setdefault(row["method"], []).append(row["seed"])
+    order = sorted(groups.items(), key=lambda item: -sum(map(len, item[1].values())))
+    return {
+        value: ", ".join(f"{code(method)} (seed {', '.join(map(str, sorted(seeds)))})" for method, seeds in methods.items())
+        for value, methods in order
+    }
+
+
 def tuning(measures: Measures) -> list[str]:
-    """What each kind of training run and each method tried, in macro bits per byte on the tuning half, and what was chosen."""
-    body, counts = [], set()
-    rates: dict[str, Any] = next((row["learning_rates"] for row in measures.rows.values() if row.get("learning_rates")), {})
-    for kind, trials in rates.items():
-        counts.add(len(trials))
-        best = min(trials, key=lambda trial: trial["tune"])
-        body.append([f"runs: {kind}", str(len(trials)), _tried(trials), f"{_setting(best)} (all seeds)"])
-    for method in measures.methods:
-        rows = [row for row in measures.of(method) if row.get("trials")]
-        counts |= {len(row["trials"]) for row in rows}
+    """What each kind of training run and each method tried, in macro bits per byte on the tuning half, and what was chosen.
+
+    A method's trials are those of its own settings and those of the learning rates of its kinds of run.
+    """
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in measures.rows.values():
+        for kind, trials in (row.get("learning_rates") or {}).items():
+            kinds.setdefault(kind, trials)
+    body, totals = [], []
+    for method in filter(measures.seeds_of, measures.methods):
+        rows = measures.of(method)
+        own: list[dict[str, Any]] = next((row["trials"] for row in rows if row.get("trials")), [])
+        rates = {kind: len(trials) for row in rows for kind, trials in (row.get("learning_rates") or {}).items()}
         chosen = [", ".join(_setting({name: value}) for name, value in (row.get("chosen") or {}).items()) for row in rows]
-        if rows:
-            trials = rows[0]["trials"]
-            body.append([code(method), str(len(trials)), _tried(trials), "; ".join(dict.fromkeys(chosen))])
-    if not body:
+        totals.append(len(own) + sum(rates.values()))
+        said = ", ".join(f"{kind} {count}" for kind, count in rates.items()) or "0"
+        body.append(
+            [code(method), str(totals[-1]), str(len(own)), said, _tried(own), "; ".join(dict.fromkeys(filter(None, chosen)))]
+        )
+    if not any(totals):
         return []
-    said = f"Numbers of trials DIFFER: {', '.join(map(str, sorted(counts)))}."
+    counts = sorted({*totals, *map(len, kinds.values())})
     if len(counts) == 1:
-        said = f"All that was tuned had {counts.pop()} trials, judged on the tuning half."
-    return [said, "", *table(["what", "trials", "tried: bits per byte (first seed)", "chosen"], body, text=4)]
+        lines = [f"All that is listed had {counts[0]} trials, judged on the tuning half."]
+    else:
+        lines = [f"Numbers of trials DIFFER: {', '.join(map(str, counts))}. All were judged on the tuning half."]
+    if kinds:
+        rates_tried = [[kind, str(len(trials)), _tried(trials), _best(trials)] for kind, trials in kinds.items()]
+        lines += ["", *table(["kind of run", "trials", "tried: bits per byte", "chosen (all seeds)"], rates_tried, text=4)]
+    head = ["method", "trials", "own", "of learning rates", "tried: bits per byte (first seed)", "chosen"]
+    return [*lines, "", *table(head, body, text=6)]
+
+
+def _best(trials: list[dict[str, Any]]) -> str:
+    """The learning rate that did best, and whether a better one may lie beyond those tried."""
+    best = min(trials, key=lambda trial: math.inf if trial.get("tune") is None else trial["tune"])
+    rates = [trial["learning_rate"] for trial in trials]
+    edge = best["learning_rate"] in (min(rates), max(rates))
+    return _setting(best) + (", best at the edge of the grid" if edge else "")
 
 
 def _tried(trials: list[dict[str, Any]]) -> str:

@@ -187,7 +187,7 @@ def active(measures: Measures, path: epath.Path) -> bool:
 def sizes(measures: Measures, path: epath.Path) -> bool:
     """Bits per byte against parameters of one expert: each domain, and the macro average against full experts, paired."""
     found = sections.sized(measures)
-    if len(found) < 2 or not measures.seeds_of(FLEX):
+    if len(found) < 2 or FLEX not in found:
         return False
     with drawing.canvas(path, 3.6, ncols=2) as (figure, axes):
         drawn = _series(measures, axes, [(parameters, method) for method, parameters in found.items()], FLEX, "o")

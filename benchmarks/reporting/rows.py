@@ -26,6 +26,7 @@ WITHOUT = re.compile(r"(?P<base>.+)-without-(?P<expert>.+)")  # one expert remov
 ACTIVE = re.compile(r"flex-k(?P<count>\d+)")  # another number of active experts
 SIZED = re.compile(r"flex-(rank|narrow).*")  # experts of another size
 _NEEDED = {"suite": str, "size": str, "seed": int, "method": str, "title": str, "group": str, "status": str}
+_ADVICE = "remove the line or run the method again"
 
 
 def is_series(method: str) -> bool:
@@ -50,7 +51,7 @@ def read(path: pathlib.Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise errors.DataError(f"{path}:{number} is no JSON: {error}; remove the line") from None
+            raise errors.DataError(f"{path}:{number} is no JSON: {error}; {_ADVICE}") from None
         check(row, f"{path}:{number}")
         found.append(row)
     return found
@@ -59,14 +60,16 @@ def read(path: pathlib.Path) -> list[Row]:
 def check(row: Any, where: str) -> None:
     """Raises DataError, with `where` in its one line, unless this is a row that can be reported."""
     if not isinstance(row, dict):
-        raise errors.DataError(f"{where} is no result row: expected an object, found {type(row).__name__}; remove it")
+        raise errors.DataError(f"{where} is no result row: expected an object, found {type(row).__name__}; remove the line")
     for field, kind in _NEEDED.items():
         if not isinstance(row.get(field), kind):
-            raise errors.DataError(f"{where} is no result row: {field} must be {kind.__name__}, found {row.get(field)!r}")
-    where = f"{where}, method '{row['method']}' of seed {row['seed']}"
+            said = f"{field} must be {kind.__name__}, found {row.get(field)!r:.40}"
+            raise errors.DataError(f"{where} is no result row: {said}; {_ADVICE}")
+    where = f"{where}, method {row['method']!r:.40} of seed {row['seed']}"
     for field, known in (("status", ("ok", "failed")), ("group", GROUPS)):
         if row[field] not in known:
-            raise errors.DataError(f"{where}: {field} must be one of {', '.join(known)}, found {row[field]!r}")
+            said = f"{field} must be one of {', '.join(known)}, found {row[field]!r:.40}"
+            raise errors.DataError(f"{where}: {said}; {_ADVICE}")
     if row["status"] == "ok":
         _check_scores(row, where)
 
@@ -77,15 +80,16 @@ def _check_scores(row: Row, where: str) -> None:
         float(row["ledger"]["training_flops"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise errors.DataError(
-            f"{where}: expected scores with nats and bytes by document and a ledger with training_flops; run the method again"
+            f"{where}: expected scores with nats and bytes by document and a ledger with training_flops; {_ADVICE}"
         ) from None
     if not any(within(text, REPORT) for text in found):
-        raise errors.DataError(f"{where}: no scores of the report half; run the method again, or mark it failed")
+        raise errors.DataError(f"{where}: no scores of the report half; {_ADVICE}")
     for text, (nats, sizes) in found.items():
         if nats.ndim != 1 or nats.shape != sizes.shape or not len(nats):
-            raise errors.DataError(f"{where}: {text} has {nats.shape} nats and {sizes.shape} bytes; expected one by document")
+            said = f"{text:.40} has {nats.shape} nats and {sizes.shape} bytes; expected one by document"
+            raise errors.DataError(f"{where}: {said}; {_ADVICE}")
         if not (np.isfinite(nats).all() and (sizes > 0).all()):
-            raise errors.DataError(f"{where}: {text} has nats that are not finite or empty documents; mark the row failed")
+            raise errors.DataError(f"{where}: {text:.40} has nats that are not finite or empty documents; {_ADVICE}")
 
 
 def texts(row: Row) -> Texts:

@@ -22,16 +22,17 @@ EXAMPLES = 8
 
 
 def against_btm(measures: Measures) -> list[str]:
-    """Merged models against the best BTM that costs no more at inference, on each kind of text."""
+    """Merged models against the best BTM or prompt routing that costs no more at inference, on each kind of text."""
     parts = {"pure": REPORT, "unseen": UNSEEN, "interleaved": INTERLEAVED, "real mixed": REAL}
     body = []
     for method in quality.candidates(measures):
         other = quality.rival(measures, method)
         if other:
-            costs = [number(measures.ledger(name, "forwards"), 1) for name in (method, other)]
+            costs = [quality.cost(measures, name) for name in (method, other)]
             changes = [signed(measures.difference(method, other, part, relative=True)) for part in parts.values()]
             body.append([code(method), code(other), *costs, *changes])
-    return table(["method", "BTM", "forwards", "of BTM", *(f"{title}, %" for title in parts)], body, text=2) if body else []
+    head = ["method", "rival", "cost: forwards, FLOPs x joint-1x", "rival's", *(f"{title}, %" for title in parts)]
+    return table(head, body, text=4) if body else []
 
 
 def removal(measures: Measures) -> list[str]:
@@ -43,7 +44,9 @@ def removal(measures: Measures) -> list[str]:
             changes = [measures.difference(method, base, domain=domain, relative=True) for domain in measures.domains()]
             body.append([expert, *(_marked(signed(c), bool(c and c.excludes_zero)) for c in changes)])
         lines += [f"{code(base)}:", "", *table(["without", *(f"{domain}, %" for domain in measures.domains())], body), ""]
-    return lines[:-1]
+    unpaired = quality.unpaired_removals(measures)
+    said = ", ".join(f"{code(method)} with {code(base)}" for base, method in unpaired)
+    return [*lines, f"No seed in common, so not compared: {said}."] if unpaired else lines[:-1]
 
 
 def _marked(cell: str, significant: bool) -> str:

@@ -2,10 +2,9 @@
 
 import dataclasses
 
+from benchmarks.reporting.rows import GROUPS
 from benchmarks.suite import extraction, methods, second, suites
 from flexjax import errors
-
-GROUPS = ("core", "second", "ablation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +26,18 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
         "flex-sequence-hard": ("FlexOlmo, routed by sequence (hard)", methods.flex_by_sequence("hard")),
         "joint-1x": ("Joint MoE, 1x FLOPs", methods.joint(1.0)),
         "joint-2x": ("Joint MoE, 2x FLOPs", methods.joint(2.0)),
-        "joint-frozen-1x": ("Joint MoE, shared weights frozen, 1x FLOPs", methods.joint(1.0, frozen=True)),
-        "joint-frozen-2x": ("Joint MoE, shared weights frozen, 2x FLOPs", methods.joint(2.0, frozen=True)),
+        "joint-frozen-1x": ("Joint MoE, shared weights frozen, 1x FLOPs", methods.joint_frozen(1.0)),
+        "joint-frozen-2x": ("Joint MoE, shared weights frozen, 2x FLOPs", methods.joint_frozen(2.0)),
         "joint-data": ("Joint MoE on as much text as the experts", methods.joint_on_as_much_text),
         **{f"dense-{name}": (f"Dense model of {name}", methods.dense(name)) for name in names},
         "control": ("Anchor trained further on public text", methods.control),
         "soup": ("Soup of dense models", methods.soup),
         "soup-weighted": ("Soup, weighted by likelihood for each input", methods.soup_weighted),
         "btm": ("BTM, all dense models", methods.btm(None)),
+        "btm-2": ("BTM, the two most likely dense models", methods.btm(2)),
         "btm-1": ("BTM, the most likely dense model alone", methods.btm(1)),
+        "btm-opening-2": ("BTM, two dense models chosen by the opening", methods.btm_by_opening(2)),
+        "btm-opening-1": ("BTM, one dense model chosen by the opening", methods.btm_by_opening(1)),
         "btm-shared": ("BTM with the weights of sequence routing", methods.btm_shared),
         "no-coordination": ("No coordination: FFNs of dense models merged", methods.no_coordination),
         "flex-paper": ("FlexOlmo as the paper: mean rows, own text only", methods.flex_as_paper),
@@ -58,7 +60,7 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
     }
     found = {name: Entry(title, "core", method) for name, (title, method) in core.items()}
     found["extraction"] = Entry("FlexOlmo with an owner whose text holds canaries", "second", extraction.method)
-    for group, more in (("second", second.table(size, names)), ("ablation", second.ablations(names))):
+    for group, more in (("second", second.table(size)), ("ablation", second.ablations(names))):
         found |= {name: Entry(title, group, method) for name, (title, method) in more.items()}
     return found
 

@@ -11,8 +11,7 @@ import gzip
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 from etils import epath
 
@@ -46,17 +45,22 @@ def prepare(suite: suites.Suite, size: suites.Size, data_root: str, home: epath.
     inputs = {str(path): _sha256(path.read_bytes()) for path in _files(suite, root)}
     key = {"recipe": RECIPE, "suite": repr(suite), "kilobytes": size.kilobytes, "inputs": sorted(inputs.values())}
     saved = workdir.read_json(home / MARKER)
-    if saved is not None and saved["key"] == key:
+    if saved is not None and saved["key"] == key and all((home / name).exists() for name in saved["files"]):
         return str(saved["digest"])
     digests = {}
     for name, documents in _parts(suite, size, root):
-        content = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents).encode()
-        digests[name] = _sha256(content)
         (home / name).parent.mkdir(parents=True, exist_ok=True)
-        workdir.write(home / name, gzip.compress(content, compresslevel=6, mtime=0))
+        digests[name] = write(home / name, documents)
     digest = _sha256(json.dumps(digests, sort_keys=True).encode())
     workdir.write_json(home / MARKER, {"key": key, "digest": digest, "files": digests})
     return digest
+
+
+def write(path: epath.Path, documents: Iterable[Mapping[str, str]]) -> str:
+    """Writes documents as gzipped JSONL, complete or not at all; returns the digest of what is in it."""
+    content = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents).encode()
+    workdir.write(path, gzip.compress(content, compresslevel=6, mtime=0))
+    return _sha256(content)
 
 
 def _files(suite: suites.Suite, root: pathlib.Path) -> list[pathlib.Path]:
@@ -72,14 +76,15 @@ def _files(suite: suites.Suite, root: pathlib.Path) -> list[pathlib.Path]:
 
 def _parts(suite: suites.Suite, size: suites.Size, root: pathlib.Path) -> Iterator[tuple[str, list[Document]]]:
     """Every file of the corpus with its documents."""
+    left_out = tuple(source for sources in suite.unseen.values() for source in sources)
     for domain in suite.domains:
         unseen = suite.unseen.get(domain, ())
-        found = {split: _read(root / domain / f"{split}.jsonl.gz") for split in builtin.SPLITS}
-        passages = [p for document in found["train"] if not document["source"].startswith(unseen) for p in _cut(document)]
+        found = {split: read(root / domain / f"{split}.jsonl.gz") for split in builtin.SPLITS}
+        passages = [p for document in found["train"] if not document["source"].startswith(left_out) for p in _cut(document)]
         if domain == suites.PUBLIC:
             for other, megabytes in suite.beside.items():
-                more = _shuffled([p for d in _read(root / other / "train.jsonl.gz") for p in _cut(d)], "beside")
-                passages += _capped(more, int(megabytes * 1000))
+                others = [d for d in read(root / other / "train.jsonl.gz") if not d["source"].startswith(left_out)]
+                passages += capped(_shuffled([p for d in others for p in _cut(d)], "beside"), int(megabytes * 1000))
         passages = _shuffled(passages, "train")
         if domain != suites.PUBLIC:
             donated = int(len(passages) * DONATED_SHARE) + 1
@@ -89,14 +94,15 @@ def _parts(suite: suites.Suite, size: suites.Size, root: pathlib.Path) -> Iterat
         seen = _shuffled([d for d in found["validation"] if not d["source"].startswith(unseen)], "validation")
         for part, half in (("tune", 0), ("report", 1)):
             chosen = [_excerpt(document) for document in seen if _half(document) == half]
-            yield f"{domain}/{part}.jsonl.gz", _capped(chosen, size.kilobytes[part])
+            yield f"{domain}/{part}.jsonl.gz", capped(chosen, size.kilobytes[part])
         if unseen:
             both = [d for split in builtin.SPLITS for d in found[split] if d["source"].startswith(unseen)]
-            chosen = _capped([_excerpt(document) for document in _shuffled(both, "unseen")], size.kilobytes["unseen"])
+            chosen = capped([_excerpt(document) for document in _shuffled(both, "unseen")], size.kilobytes["unseen"])
             yield f"{domain}/unseen.jsonl.gz", chosen
 
 
-def _read(path: pathlib.Path) -> list[Document]:
+def read(path: epath.PathLike) -> list[Document]:
+    """The documents of a gzipped JSONL file; raises DataError if it is none."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             documents = [json.loads(line) for line in lines]
@@ -134,7 +140,7 @@ def _shuffled(documents: list[Document], purpose: str) -> list[Document]:
     return sorted(documents, key=lambda document: hashlib.sha256((purpose + document["text"]).encode()).digest())
 
 
-def _capped(documents: list[Document], kilobytes: int) -> list[Document]:
+def capped(documents: Iterable[Document], kilobytes: int) -> list[Document]:
     """The leading documents that fit, at least one."""
     kept: list[Document] = []
     room = kilobytes * 1000
@@ -148,10 +154,3 @@ def _capped(documents: list[Document], kilobytes: int) -> list[Document]:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def facts(home: epath.Path) -> dict[str, Any]:
-    """What `prepare` wrote: the digest of the corpus and of each of its files."""
-    saved = workdir.read_json(home / MARKER)
-    assert saved is not None
-    return {"digest": saved["digest"], "files": saved["files"]}

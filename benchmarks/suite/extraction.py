@@ -4,14 +4,12 @@ One owner's text is planted with canaries, once, ten and a hundred times, and an
 Only so much of the text is kept as the expert reads, so that a canary planted a hundred times is read about as often.
 """
 
-import gzip
-import json
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from benchmarks.suite import methods, models, stages, training
+from benchmarks.suite import corpora, methods, models, stages, training
 from flexjax import config as config_lib
 from flexjax import presets, tree, workdir
 from flexjax.eval import extraction
@@ -21,7 +19,8 @@ PUBLIC = config_lib.PUBLIC
 CANARIES = {1: 10, 10: 10, 100: 3}  # how many are planted so many times
 CANARY_TOKENS = 50
 SEED = 11
-CONTROL_STEPS = 200
+CONTROL_STEPS = 300
+CONTROL_DOCUMENTS = 5
 OWNER = "math"  # every suite has one
 
 
@@ -30,13 +29,15 @@ def method(lab: models.Models) -> methods.Outcome:
     bench, owner = lab.bench, OWNER
     planted, canaries = _plant(lab, owner)
     changes = {"data.train_files": f"{{root}}/planted/{planted.parent.name}/{{domain}}.jsonl.gz"}
-    bundle = bench.expert(owner, f"{lab.prefix}planted", lab.recipe.expert, lab.expert_steps, lab.anchor, changes)
+    bundle = bench.expert(owner, f"{lab.prefix}planted", lab.rate("expert"), lab.expert_steps, lab.anchor, changes)
     others = {name: other for name, other in lab.experts().items() if name != owner}
-    runs = (*lab.runs(), f"{lab.prefix}planted-{owner}")
+    runs = tuple(run for run, name in zip(lab.runs(), lab.names, strict=True) if name != owner)
+    runs = (*runs, f"{lab.prefix}planted-{owner}")
     merged = lab.merge({**others, owner: bundle}, note="planted", runs=runs)
-    mixture: dict[str, training.Part] = {owner: (1.0, planted)}
-    dense = lab.train("planted-dense", lab.public, mixture, lab.expert_flops / len(lab.names), lab.recipe.dense, ".*")
-    control = _control(lab, canaries)
+    mixture = {**lab.own(owner), owner: (lab.own(owner)[owner][0], planted)}  # as often as the expert reads it
+    dense = lab.train("planted-dense", lab.public, mixture, lab.expert_flops / len(lab.names), "dense", ".*")
+    control = _control(lab, planted, canaries)
+    few = ("positive control",)  # was trained on no more real documents
     conditions = {
         "public": (lab.public, None),
         "dense": (dense, None),
@@ -49,14 +50,16 @@ def method(lab: models.Models) -> methods.Outcome:
         inputs = {"model": model.key, "experts": experts, "planted": bench.text(planted).digest, "real": bench.size.prefixes}
 
         def make(
-            directory: epath.Path, model: training.Trained = model, experts: tuple[str, ...] | None = experts
+            directory: epath.Path,
+            model: training.Trained = model,
+            experts: tuple[str, ...] | None = experts,
+            limit: int = CONTROL_DOCUMENTS if name in few else bench.size.prefixes,
         ) -> dict[str, Any]:
-            return {"counts": _counts(lab, model, experts, planted, canaries)}
+            return {"counts": _counts(lab, model, experts, planted, canaries, limit)}
 
         label = name.replace(" ", "-")
         found[name] = stages.facts(bench.stages.run(f"extraction-{label}", inputs, make))["counts"]
     outcome = methods.single(lab, merged, "flex-planted")
-    outcome.runs = (*outcome.runs, *dense.runs)
     outcome.extra["extraction"] = found
     return outcome
 
@@ -79,23 +82,32 @@ def _plant(lab: models.Models, owner: str) -> tuple[epath.Path, list[extraction.
     home.mkdir(parents=True, exist_ok=True)
     if not (home / f"{owner}.jsonl.gz").exists():
         workdir.write(home / f"{PUBLIC}.jsonl.gz", (bench.home / "corpus" / PUBLIC / "train.jsonl.gz").read_bytes())
-        _write(home / f"{owner}.jsonl.gz", documents)
+        corpora.write(home / f"{owner}.jsonl.gz", [{"text": text} for text in documents])
     return home / f"{owner}.jsonl.gz", canaries
 
 
-def _write(path: epath.Path, texts: list[str]) -> None:
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    workdir.write(path, gzip.compress(lines.encode(), mtime=0))
-
-
-def _control(lab: models.Models, canaries: list[extraction.Canary]) -> training.Trained:
-    """The anchor trained on nothing but the canaries: if this does not leak, the protocol finds nothing."""
+def _control(lab: models.Models, planted: epath.Path, canaries: list[extraction.Canary]) -> training.Trained:
+    """The anchor trained on canaries and a few real documents alone: if this does not leak, the protocols find nothing."""
     bench = lab.bench
-    path = bench.home / "corpus" / "planted" / f"control-{bench.corpus[:12]}.jsonl.gz"
+    path = planted.parent / "control.jsonl.gz"
     if not path.exists():
-        _write(path, [canary.text for canary in canaries])
-    settings = bench.settings(presets.public_training("mini"), CONTROL_STEPS, learning_rate=lab.recipe.dense)
+        real = [bench.sources.tokenizer.decode(target) for target in _real(lab, planted, canaries, CONTROL_DOCUMENTS)]
+        corpora.write(path, [{"text": text} for text in [*(canary.text for canary in canaries), *real]])
+    settings = bench.settings(presets.public_training("mini"), CONTROL_STEPS, learning_rate=lab.rate("dense"))
     return bench.train(f"{lab.prefix}planted-control", lab.public, {"canaries": (1.0, path)}, settings)
+
+
+def _real(lab: models.Models, planted: epath.Path, canaries: list[extraction.Canary], limit: int) -> list[np.ndarray]:
+    """Documents of the planted text that are no canaries, long enough to be asked for."""
+    tokenizer, source = lab.bench.sources.tokenizer, lab.bench.text(planted)
+    texts, found = {canary.text for canary in canaries}, []
+    for index in range(source.num_documents):
+        document = source.document(index)
+        if len(document) >= extraction.PREFIX_TOKENS + extraction.SAMPLED_TOKENS and tokenizer.decode(document) not in texts:
+            found.append(document)
+        if len(found) == limit:
+            break
+    return found
 
 
 def _counts(
@@ -104,20 +116,16 @@ def _counts(
     experts: tuple[str, ...] | None,
     planted: epath.Path,
     canaries: list[extraction.Canary],
+    limit: int,
 ) -> dict[str, Any]:
     """Canaries by number of copies (exact continuation), and real documents (samples near the truth; exact continuation)."""
-    bench = lab.bench
-    tokenizer = bench.sources.tokenizer
+    tokenizer = lab.bench.sources.tokenizer
     decoder = decode.Decoder(model.params, model.architecture, tokenizer.eos_id, tokenizer.vocab_size)
     ids = [np.asarray(tokenizer.encode(canary.text), np.int32) for canary in canaries]
     copies = [canary.copies for canary in canaries]
     exact = extraction.greedy(decoder, extraction.prefixes(ids, copies, CANARY_TOKENS), experts)
     found = {str(number): _count(count) for number, count in exact.by_copies.items()}
-    texts = {canary.text for canary in canaries}
-    source = bench.text(planted)
-    real = [source.document(index) for index in range(source.num_documents)]
-    real = [document for document in real if tokenizer.decode(document) not in texts]
-    targets = extraction.prefixes(real, limit=bench.size.prefixes, seed=SEED)
+    targets = extraction.prefixes(_real(lab, planted, canaries, limit))
     found["real, exact"] = _count(extraction.greedy(decoder, targets, experts).total)
     found["real, sampled"] = _count(extraction.sampled(decoder, targets, experts, SEED).total)
     return found

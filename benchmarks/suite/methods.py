@@ -17,11 +17,12 @@ from flexjax import config as config_lib
 from flexjax.eval import mixtures
 from flexjax.governance import calibration, layerwise
 from flexjax.inference import sequence
-from flexjax.model import transformer
-from flexjax.train import flops
 
 PUBLIC = config_lib.PUBLIC
 Nats = dict[str, np.ndarray]  # by text
+SOUP_TEMPERATURES = (0.3, 0.05, 1 / 64)  # the last gives the likelihood of a quarter of a window, not its mean, the word
+BTM_TEMPERATURES = (1.0, 3.0, 10.0)
+OPENING = 64  # tokens by which a cheap mixture chooses
 Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Method = Callable[[models.Models], "Outcome"]
 
@@ -65,18 +66,9 @@ class Outcome:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def forward_flops(architecture: transformer.Architecture, seq_len: int, mask: Sequence[str] | None = None) -> float:
-    """FLOPs of one token's forward pass, with all experts or those of a mask (full ones) switched on."""
-    if mask is not None:
-        bank = config_lib.Bank("active", tuple(mask), architecture.config.d_ff, biased=False)
-        banks = transformer.dense_banks(architecture.config) if tuple(mask) == (PUBLIC,) else (bank,)
-        architecture = transformer.Architecture(architecture.config, banks, len(mask))
-    return flops.per_token(architecture, {}, seq_len).forward
-
-
 def single(lab: models.Models, model: training.Trained, label: str, **extra: Any) -> Outcome:
     """One model, all its experts switched on."""
-    cost = forward_flops(model.architecture, lab.bench.size.seq_len)
+    cost = training.forward_flops(model.architecture, lab.bench.size.seq_len)
     experts = model.architecture.experts if model.architecture.routed else ()
     found = scoring.score(lab.bench, model, lab.prefix + label, lab.groups)
     return Outcome(found, model.runs, cost, experts=experts, parts=(Part(model),), extra=extra)
@@ -154,11 +146,11 @@ def soup_weighted(lab: models.Models) -> Outcome:
         temperature: scoring.soup_per_input(
             lab.bench, list(parts.values()), key, temperature, f"{lab.prefix}soup-weighted", lab.groups
         )
-        for temperature in (1.0, 0.3, 0.1)
+        for temperature in SOUP_TEMPERATURES
     }
     trials = [{"setting": f"temperature {t:g}", "tune": round(macro(scores, "tune"), 4)} for t, scores in found.items()]
     chosen = min(found, key=lambda t: macro(found[t], "tune"))
-    cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * (
+    cost = training.forward_flops(lab.public.architecture, lab.bench.size.seq_len) * (
         1 + len(parts) / 4
     )  # the opening of a window is read by all
     return Outcome(found[chosen], _runs(parts), cost, trials=trials, chosen={"setting": f"temperature {chosen:g}"})
@@ -181,8 +173,8 @@ def branch_train_merge(
     def way(temperature: float) -> Combine:
         return lambda nats, starts: mixtures.branch_train_merge(nats, starts, temperature, k)
 
-    cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
-    return mixture(lab, parts, scores, {f"temperature {t:g}": way(t) for t in (1.0, 3.0, 10.0)}, cost)
+    cost = training.forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
+    return mixture(lab, parts, scores, {f"temperature {t:g}": way(t) for t in BTM_TEMPERATURES}, cost)
 
 
 def btm(top_k: int | None) -> Method:
@@ -190,10 +182,29 @@ def btm(top_k: int | None) -> Method:
     return lambda lab: branch_train_merge(lab, *dense_scores(lab), top_k)
 
 
+def btm_by_opening(top_k: int) -> Method:
+    """BTM whose weights stay as the opening left them: after it, only `top_k` models are run."""
+
+    def method(lab: models.Models) -> Outcome:
+        parts, scores = dense_scores(lab)
+
+        def way(temperature: float) -> Combine:
+            return lambda nats, starts: mixtures.branch_train_merge_by_opening(nats, starts, temperature, top_k, OPENING)
+
+        ways = {f"temperature {t:g}": way(t) for t in BTM_TEMPERATURES}
+        opening = OPENING / lab.bench.size.seq_len
+        passes = len(parts) * opening + top_k * (1 - opening)
+        return mixture(
+            lab, parts, scores, ways, passes * training.forward_flops(lab.public.architecture, lab.bench.size.seq_len)
+        )
+
+    return method
+
+
 def btm_shared(lab: models.Models) -> Outcome:
     """BTM with the weights of routing by sequence, which can change their mind."""
     parts, scores = dense_scores(lab)
-    cost = forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
+    cost = training.forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
     return mixture(lab, parts, scores, _sequence_ways("mixture"), cost)
 
 
@@ -215,9 +226,9 @@ def flex(lab: models.Models) -> Outcome:
 
 
 def flex_as_paper(lab: models.Models) -> Outcome:
-    """Rows that start as mean hidden states, the owner's text only, no tuning after; the best of the paper's own means."""
+    """Rows that start as mean hidden states, the owner's text only, nothing after the merge (FlexOlmo, Table 3)."""
     anchor = lab.with_rows("mean")
-    bundles = lab.experts("paper", anchor, {"expert.public_fraction": 0.0})
+    bundles = lab.experts("paper", anchor, {"expert.public_fraction": 0.0}, "paper")
     return single(lab, lab.merge(bundles, note="as the paper", runs=lab.runs("paper"), anchor=anchor), "flex-paper")
 
 
@@ -257,7 +268,8 @@ def flex_without(name: str) -> Method:
 
     def method(lab: models.Models) -> Outcome:
         left = {other: bundle for other, bundle in lab.experts().items() if other != name}
-        return single(lab, lab.merge(left, runs=lab.runs()), f"flex-without-{name}")
+        runs = tuple(run for run, owner in zip(lab.runs(), lab.names, strict=True) if owner != name)
+        return single(lab, lab.merge(left, runs=runs), f"flex-without-{name}")
 
     return method
 
@@ -284,7 +296,7 @@ def by_sequence(lab: models.Models, model: training.Trained, label: str, kind: s
     scores = [
         scoring.score(lab.bench, model, f"{lab.prefix}{label}@{sequence.label(mask)}", lab.groups, mask) for mask in masks
     ]
-    cost = sum(forward_flops(model.architecture, lab.bench.size.seq_len, mask) for mask in masks)
+    cost = sum(training.forward_flops(model.architecture, lab.bench.size.seq_len, mask) for mask in masks)
     return mixture(lab, [Part(model, mask) for mask in masks], scores, _sequence_ways(kind), cost)
 
 
@@ -304,9 +316,12 @@ def flex_by_sequence(kind: str, tuned: str = "", without: str = "") -> Method:
     return method
 
 
-def joint(times: float, frozen: bool = False) -> Method:
-    label = f"joint-{'frozen-' if frozen else ''}{times:g}x"
-    return lambda lab: single(lab, lab.joint(times, frozen), label)
+def joint(times: float) -> Method:
+    return lambda lab: single(lab, lab.joint(times), f"joint-{times:g}x")
+
+
+def joint_frozen(times: float) -> Method:
+    return lambda lab: single(lab, lab.joint_frozen(times), f"joint-frozen-{times:g}x")
 
 
 def joint_on_as_much_text(lab: models.Models) -> Outcome:

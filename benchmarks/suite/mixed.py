@@ -2,40 +2,42 @@
 
 - `interleaved`  segments of 32 to 256 tokens from the reported documents of all domains in turn;
 - `real`         text that is mixed by nature: problems in words with their programs and documented functions (HumanEval, MBPP;
-                 evaluation only), or, where these are not at hand, documented functions of the standard library.
+                 evaluation only), or, without these, documented functions of those standard modules that nobody trains on.
 """
 
 import ast
-import gzip
-import json
 import pathlib
 import sysconfig
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
-from benchmarks.suite import training
-from flexjax import workdir
-from flexjax.data import tokens
+from benchmarks.suite import corpora, training
+from flexjax import tree
+from flexjax.data import builtin, tokens
+from flexjax.eval import items
 
 SEGMENT_TOKENS = (32, 257)
 DOCUMENT_SEGMENTS = 8
+FOLDER = "tasks"  # below --data_root
 TASKS = ("humaneval", "mbpp")
+LEAST_DOCSTRING = 100  # characters
 SEED = 7
 
 
 def prepare(bench: training.Bench) -> dict[str, tokens.TokenSource]:
-    """Both kinds of mixed text, written below the suite's corpus once."""
-    limit = bench.size.kilobytes["mixed"] * 1000
-    home = bench.home / "corpus" / "mixed"
-    home.mkdir(parents=True, exist_ok=True)
-    made = {"interleaved": lambda: _interleaved(bench), "real": lambda: _real(bench.data_root)}
-    for name, documents in made.items():
-        file = home / f"{name}-{bench.corpus[:12]}.jsonl.gz"
-        if not file.exists():
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in _capped(documents(), limit))
-            workdir.write(file, gzip.compress(lines.encode(), mtime=0))
-    return {name: bench.text(f"mixed/{name}-{bench.corpus[:12]}") for name in made}
+    """Both kinds of mixed text, written below the suite's corpus; known by what they hold."""
+    limit = bench.size.kilobytes["mixed"]
+    found = {}
+    for name, texts in (("interleaved", _interleaved(bench)), ("real", _real(bench))):
+        documents = corpora.capped([{"text": text} for text in texts], limit)
+        path = bench.home / "corpus" / "mixed" / f"{name}-{tree.sha256(repr(documents).encode())[:12]}.jsonl.gz"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            corpora.write(path, documents)
+        found[name] = bench.text(path)
+    return found
 
 
 def _interleaved(bench: training.Bench) -> Iterator[str]:
@@ -60,25 +62,21 @@ def _interleaved(bench: training.Bench) -> Iterator[str]:
         yield "\n".join(pieces)
 
 
-def _real(data_root: str) -> Iterator[str]:
-    files = [pathlib.Path(data_root) / "tasks" / f"{name}.jsonl.gz" for name in TASKS]
-    if data_root and all(file.exists() for file in files):
-        for file in files:
-            with gzip.open(file, "rt", encoding="utf-8") as lines:
-                for line in lines:
-                    item = json.loads(line)
-                    yield item["prompt"] + item["answer"]
+def _real(bench: training.Bench) -> Iterator[str]:
+    folder = epath.Path(bench.data_root) / FOLDER
+    if bench.data_root and all((folder / f"{name}.jsonl.gz").exists() for name in TASKS):
+        for name in TASKS:
+            for item in items.read(folder, name).items:
+                yield item.text + item.continuations[0]
         return
-    for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    kept = bench.home / "installed"  # only modules that are in nobody's training text
+    builtin.build(kept)
+    held_out = {document["source"] for document in corpora.read(kept / "code" / "validation.jsonl.gz")}
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if ".".join(path.relative_to(root).with_suffix("").parts) not in held_out:
+            continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(ast.get_docstring(node) or "") > 200:
-                yield (ast.get_source_segment(text, node) or "")[:4000]
-
-
-def _capped(texts: Iterator[str], limit: int) -> Iterator[str]:
-    for text in texts:
-        limit -= len(text.encode())
-        if limit < 0:
-            return
-        yield text
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and len(ast.get_docstring(node) or "") > LEAST_DOCSTRING:
+                yield (ast.get_source_segment(text, node) or "")[: corpora.PASSAGE_CHARACTERS]

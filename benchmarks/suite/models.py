@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.suite import owned_text, scoring, training
-from flexjax import baselines, errors, jobs, presets, tree
+from flexjax import baselines, errors, jobs, presets, stages, tree
 from flexjax import config as config_lib
 from flexjax.experts import models, store, surgery
 
@@ -19,20 +19,22 @@ Bundles = Mapping[str, store.Artefact]
 Experts = dict[str, tree.Tree]
 
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
-UNBIASED = r"(?!.*bias$).*"
-OWNERS = r"experts/owners/(?!.*bias$).*"
-ROUTERS = r"experts/(?!public/).*/router/.*"
+UNBIASED = presets.joint_training("mini").trainable
+OWNERS = f"experts/{baselines.OWNERS}/.*"
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Peak learning rates by kind of run: what tuning chooses."""
-
-    expert: float = 4e-3
-    dense: float = 4e-3
-    joint: float = 4e-3
-    frozen: float = 4e-3
-    router: float = 4e-3
+RATES = {  # peak learning rates by kind of run, around which tuning looks
+    "expert": 4e-3,
+    "paper": 4e-3,
+    "dense": 4e-3,
+    "control": 4e-3,
+    "joint": 4e-3,
+    "frozen": 4e-3,
+    "router": 4e-3,
+    "btx": 4e-3,
+    "lora": 4e-3,
+    "fedavg": 4e-3,
+}
 
 
 class Models:
@@ -40,7 +42,7 @@ class Models:
 
     Args:
       bench: its text, stages and ledger.
-      recipe: learning rates.
+      rate: the peak learning rate of each kind of run, a key of `RATES`.
       fraction: of the suite's steps that every run takes, below 1 in tuning trials.
       prefix: of the names of all runs but the experts'.
       experts_prefix: of those.
@@ -50,17 +52,23 @@ class Models:
     def __init__(
         self,
         bench: training.Bench,
-        recipe: Recipe,
+        rate: Callable[[str], float],
         fraction: float = 1.0,
         prefix: str = "",
         experts_prefix: str = "",
         groups: tuple[str, ...] = GROUPS,
     ) -> None:
-        self.bench, self.recipe, self.prefix, self.experts_prefix = bench, recipe, prefix, experts_prefix
+        self.bench, self._rate, self.prefix, self.experts_prefix = bench, rate, prefix, experts_prefix
+        self.kinds: dict[str, str] = {}  # of every run that was asked for, which says how its learning rate was tuned
         self.names = bench.suite.owners
         self.groups = groups
-        self.expert_steps = max(1, round(bench.size.expert_steps * fraction))
+        self.expert_steps = max(1, round(bench.size.expert_steps * bench.suite.expert_share * fraction))
         self.tuning_steps = max(1, round(bench.size.tuning_steps * fraction))
+
+    def rate(self, kind: str, *runs: str) -> float:
+        """The learning rate of runs of a kind."""
+        self.kinds |= dict.fromkeys(runs, kind)
+        return self._rate(kind)
 
     @functools.cached_property
     def anchor(self) -> store.Artefact:
@@ -95,10 +103,14 @@ class Models:
         return training.Trained(architecture, params, anchor.manifest["digest"])
 
     def experts(
-        self, label: str = "expert", anchor: store.Artefact | None = None, changes: Mapping[str, Any] = NOTHING
+        self,
+        label: str = "expert",
+        anchor: store.Artefact | None = None,
+        changes: Mapping[str, Any] = NOTHING,
+        kind: str = "expert",
     ) -> dict[str, store.Artefact]:
         """The bundles of all owners, trained alike; `changes` are settings by path, see `training.Bench.expert`."""
-        anchor, rate = self.anchor if anchor is None else anchor, self.recipe.expert
+        anchor, rate = self.anchor if anchor is None else anchor, self.rate(kind, *self.runs(label))
         run = f"{self.experts_prefix}{label}"
         return {name: self.bench.expert(name, run, rate, self.expert_steps, anchor, changes) for name in self.names}
 
@@ -150,67 +162,87 @@ class Models:
         self,
         name: str,
         start: training.Trained,
-        mixture: Mapping[str, training.Part],
+        mixture: Mapping[str, training.Portion],
         budget: float,
-        learning_rate: float,
+        kind: str,
         trainable: str,
-        router_losses: bool = True,
+        base: config_lib.TrainConfig | None = None,
+        stream: int = 0,
     ) -> training.Trained:
-        """Trains for a budget of FLOPs, as near as whole steps come."""
+        """Trains for a budget of FLOPs, as near as whole steps come.
+
+        Args:
+          name: of the run.
+          start, mixture, stream: as for `training.Bench.train`.
+          budget: in FLOPs.
+          kind: of run, which has its own learning rate.
+          trainable: what is trained.
+          base: all other settings; None: those of joint training, or of dense training for a model without a router.
+        """
         steps = max(1, round(budget / self.bench.cost(start.architecture, trainable)))
-        routed = start.architecture.routed and router_losses
-        base = presets.joint_training("mini") if routed else presets.public_training("mini")
-        settings = self.bench.settings(base, steps, learning_rate=learning_rate, trainable=trainable)
-        return self.bench.train(self.prefix + name, start, mixture, settings)
+        if base is None:
+            base = presets.joint_training("mini") if start.architecture.routed else presets.public_training("mini")
+        rate = self.rate(kind, self.prefix + name)
+        settings = self.bench.settings(base, steps, learning_rate=rate, trainable=trainable)
+        return self.bench.train(self.prefix + name, start, mixture, settings, stream)
 
     def dense(self, name: str) -> training.Trained:
         """The anchor trained further on one owner's text, for the FLOPs of one expert."""
         budget = self.expert_flops / len(self.names)
-        return self.train(f"dense-{name}", self.public, {name: (1.0, f"{name}/train")}, budget, self.recipe.dense, ".*")
+        return self.train(f"dense-{name}", self.public, {name: (1.0, f"{name}/train")}, budget, "dense", ".*")
 
     @property
     def control(self) -> training.Trained:
         """The anchor trained further on public text, for the FLOPs of all experts."""
-        return self.train(
-            "control", self.public, {PUBLIC: (1.0, f"{PUBLIC}/train")}, self.expert_flops, self.recipe.dense, ".*"
-        )
+        mixture: dict[str, training.Portion] = {PUBLIC: (1.0, f"{PUBLIC}/train")}
+        return self.train("control", self.public, mixture, self.expert_flops, "control", ".*", stream=1)
 
-    def joint(self, times: float, frozen: bool = False) -> training.Trained:
-        """The jointly trained MoE, for a multiple of the experts' FLOPs; with `frozen`, only what experts train is trained."""
-        start, trainable = self.upcycled(frozen), OWNERS if frozen else UNBIASED
-        rate = self.recipe.frozen if frozen else self.recipe.joint
-        label = f"joint-{'frozen-' if frozen else ''}{times:g}x"
-        return self.train(label, start, self.everybody, times * self.expert_flops, rate, trainable)
+    def joint(self, times: float, top_k: int | None = None) -> training.Trained:
+        """The jointly trained MoE, for a multiple of the experts' FLOPs; `top_k`: experts per token, None: all."""
+        label = f"joint-{times:g}x" + ("" if top_k is None else f"-k{top_k}")
+        return self.train(label, self.upcycled(top_k), self.everybody, times * self.expert_flops, "joint", UNBIASED)
+
+    def joint_frozen(self, times: float) -> training.Trained:
+        """The fair twin of the experts: the same leaves, starts and losses, trained together, all else frozen."""
+        start, base = self.upcycled_apart(), presets.expert_training("mini")
+        budget = times * self.expert_flops
+        return self.train(f"joint-frozen-{times:g}x", start, self.everybody, budget, "frozen", OWNERS, base)
 
     def joint_on_as_much_text(self) -> training.Trained:
         """The jointly trained MoE that sees as many tokens as all experts together."""
-        start = self.upcycled(frozen=False)
-        steps = sum(self.bench.ledger[run]["steps"] for run in self.runs())
-        return self.train(
-            "joint-data",
-            start,
-            self.everybody,
-            steps * self.bench.cost(start.architecture, UNBIASED),
-            self.recipe.joint,
-            UNBIASED,
-        )
+        start = self.upcycled()
+        budget = self.expert_steps * len(self.names) * self.bench.cost(start.architecture, UNBIASED)
+        return self.train("joint-data", start, self.everybody, budget, "joint", UNBIASED)
 
     @property
-    def everybody(self) -> dict[str, training.Part]:
+    def everybody(self) -> dict[str, training.Portion]:
         """The union of what the experts see: public text at its share, the owners' in equal parts."""
         fraction = config_lib.ExpertConfig().public_fraction
         shares = {PUBLIC: fraction} | {name: (1 - fraction) / len(self.names) for name in self.names}
         return {name: (share, f"{name}/train") for name, share in shares.items()}
 
-    def upcycled(self, frozen: bool) -> training.Trained:
-        """The anchor with a copy of its FFN for each owner, all active; `frozen`: the public one lives apart."""
-        config, seed = self.bench.size.model, self.bench.seed
-        rng = np.random.default_rng(seed)
+    def own(self, name: str) -> dict[str, training.Portion]:
+        """What one expert sees: its owner's text, and public negatives."""
+        fraction = config_lib.ExpertConfig().public_fraction
+        return {name: (1 - fraction, f"{name}/train"), PUBLIC: (fraction, f"{PUBLIC}/train")}
+
+    def upcycled(self, top_k: int | None = None) -> training.Trained:
+        """The anchor with a copy of its FFN for each owner, in one bank, small random rows."""
+        config = self.bench.size.model
+        rng = np.random.default_rng(self.bench.seed)
         shape = (config.num_layers, config.d_model)
         rows = {name: (config.init_std * rng.standard_normal(shape)).astype(np.float32) for name in (PUBLIC, *self.names)}
-        architecture, params = baselines.copies(*self.public.model, rows, public_apart=frozen)
-        kind = "upcycled, public apart" if frozen else "upcycled"
-        return training.Trained(architecture, params, tree.sha256(f"{self.public.key} {kind}".encode()))
+        architecture, params = baselines.copies(*self.public.model, rows, public_apart=False, top_k=top_k)
+        return training.Trained(architecture, params, tree.sha256(f"{self.public.key} upcycled".encode()))
+
+    def upcycled_apart(self) -> training.Trained:
+        """The same as experts start: `public` apart and frozen with its row, domain rows, biases of -0.1."""
+        rows = {name: self.bench.row(name, self.anchor) for name in self.names}
+        rows = {PUBLIC: self.anchor.tensor("expert/router/row"), **rows}
+        architecture, params = baselines.copies(*self.public.model, rows, public_apart=True, biased=True)
+        router = params["experts"][baselines.OWNERS]["router"]
+        router["bias"] = np.full_like(router["bias"], stages.INITIAL_BIAS)
+        return training.Trained(architecture, params, tree.sha256(f"{self.public.key} upcycled as experts start".encode()))
 
     def tuned(self, start: training.Trained, kind: str) -> training.Trained:
         """Rows and biases trained further, all else frozen, on public text and text in place of the owners' own.
@@ -219,11 +251,13 @@ class Models:
           start: the merged model.
           kind: "proxy" (public documents that look like the owner's), "sampled" (from the experts) or "donated" (1 %).
         """
-        text = owned_text.prepare(self.bench, self.names, start, kind, self.prefix)
+        run = f"{self.prefix}tuned-{kind}"
+        text, runs = owned_text.prepare(self.bench, self.names, start, kind, self.prefix)
         share = 1 / (len(self.names) + 1)
-        mixture: dict[str, training.Part] = {PUBLIC: (share, f"{PUBLIC}/train")}
+        mixture: dict[str, training.Portion] = {PUBLIC: (share, f"{PUBLIC}/train")}
         mixture |= {name: (share, path) for name, path in text.items()}
         settings = self.bench.settings(
-            presets.router_training("mini"), self.tuning_steps, learning_rate=self.recipe.router, trainable=ROUTERS
+            presets.router_training("mini"), self.tuning_steps, learning_rate=self.rate("router", run)
         )
-        return self.bench.train(f"{self.prefix}tuned-{kind}", start, mixture, settings)
+        start = dataclasses.replace(start, runs=(*start.runs, *runs))
+        return self.bench.train(run, start, mixture, settings)

@@ -5,17 +5,15 @@
 - `donated`  1 % of the owner's text, which nobody trained on.
 """
 
-import gzip
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from benchmarks.suite import training
+from benchmarks.suite import corpora, training
 from flexjax import config as config_lib
-from flexjax import errors, workdir
+from flexjax import errors
 from flexjax.data import proxies
 from flexjax.inference import decode
 
@@ -26,8 +24,8 @@ FILE = "text.jsonl.gz"
 
 def prepare(
     bench: training.Bench, names: Sequence[str], model: training.Trained, kind: str, prefix: str = ""
-) -> dict[str, str | epath.Path]:
-    """A file for each owner, as `training.Bench.text` takes it.
+) -> tuple[dict[str, str | epath.Path], tuple[str, ...]]:
+    """A file for each owner, as `training.Bench.text` takes it, and the runs that made them.
 
     Args:
       bench: the suite.
@@ -42,14 +40,10 @@ def prepare(
     if kind not in KINDS:
         raise errors.ConfigError(f"text of kind '{kind}' is unknown; choose {', '.join(KINDS)}")
     if kind == "donated":
-        return {name: f"{name}/donated" for name in names}
-    make = {"proxy": _mined, "sampled": _sampled}[kind]
-    return {name: make(bench, model, name, prefix) for name in names}
-
-
-def _write(directory: epath.Path, texts: list[str]) -> None:
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts if text.strip())
-    workdir.write(directory / FILE, gzip.compress(lines.encode(), mtime=0))
+        return {name: f"{name}/donated" for name in names}, ()
+    if kind == "proxy":
+        return {name: _mined(bench, name, prefix) for name in names}, ()
+    return {name: _sampled(bench, model, name, prefix) for name in names}, tuple(f"{prefix}sampled-{name}" for name in names)
 
 
 def _sampled(bench: training.Bench, model: training.Trained, name: str, prefix: str) -> epath.Path:
@@ -65,23 +59,29 @@ def _sampled(bench: training.Bench, model: training.Trained, name: str, prefix: 
         while written < bench.size.sampled_tokens:
             seeds = range(len(texts), len(texts) + rows)
             experts = (config_lib.PUBLIC, name)
-            requests = [decode.Request([], experts, temperature=1.0, seed=bench.seed * 1_000_003 + seed) for seed in seeds]
-            found = decoder.generate(requests, length)
+            requests = [
+                decode.Request([], experts, temperature=1.0, seed=bench.seed * training.STREAMS + seed) for seed in seeds
+            ]
+            found = decoder.generate(requests, length - 1)  # an EOS stands before them
             texts += [tokenizer.decode(np.asarray(ids)) for ids in found]
-            written += rows * length
-        _write(directory, texts)
-        return {"tokens": written}
+            written += sum(map(len, found))
+        corpora.write(directory / FILE, [{"text": text} for text in texts if text.strip()])
+        cost = training.forward_flops(model.architecture, length, (config_lib.PUBLIC, name))
+        return {"run": training.entry(written, cost * written, 0, "")}
 
-    return bench.stages.run(f"{prefix}sampled-{name}", inputs, make) / FILE
+    directory = bench.stages.run(f"{prefix}sampled-{name}", inputs, make)
+    bench.enter(f"{prefix}sampled-{name}", directory)
+    return directory / FILE
 
 
-def _mined(bench: training.Bench, model: training.Trained, name: str, prefix: str) -> epath.Path:
-    """The public passages that look most like an owner's; the owner does the looking, `model` has no part in it."""
+def _mined(bench: training.Bench, name: str, prefix: str) -> epath.Path:
+    """The public passages that look most like an owner's; the owner does the looking."""
     public, mine = bench.text(f"{config_lib.PUBLIC}/train"), bench.text(f"{name}/train")
 
     def make(directory: epath.Path) -> dict[str, Any]:
         found = proxies.mine(public, mine, count=bench.size.proxy_documents, seed=bench.seed)
-        _write(directory, [bench.sources.tokenizer.decode(public.document(int(index))) for index in found.documents])
+        texts = [bench.sources.tokenizer.decode(public.document(int(index))) for index in found.documents]
+        corpora.write(directory / FILE, [{"text": text} for text in texts])
         return {"log_odds": float(np.median(found.log_odds)), "accuracy": float(found.accuracy)}
 
     inputs = {"public": public.digest, "mine": mine.digest, "documents": bench.size.proxy_documents, "seed": bench.seed}

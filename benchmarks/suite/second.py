@@ -1,12 +1,13 @@
 """The second suite: other ways of merging, experts of other sizes, and what each part of our recipe is worth."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from benchmarks.suite import methods, models, scoring, training
-from flexjax import baselines, presets, tree
+from benchmarks.suite import methods, models, scoring, suites, training
+from flexjax import baselines, presets, stages, tree
 from flexjax import config as config_lib
 from flexjax.data import proxies
 from flexjax.eval import mixtures
@@ -16,19 +17,20 @@ PUBLIC = config_lib.PUBLIC
 Table = dict[str, tuple[str, methods.Method]]
 LORA_RANK = 64
 ROUNDS = 4  # of FedAvg
+WARMUP = 20  # steps, in the first of them
 RANKS, NARROW = (0.02, 0.08, 0.32), (0.0625, 0.25)  # experts of other sizes, relative to d_model and to d_ff
 ROUTED_DOCUMENTS = 500  # of each domain, behind the prompt router
 TRUNK = "trunk"  # the one bank of experts beside `public`, where a pair is built here
 
 
-def table(size: Any, names: tuple[str, ...]) -> Table:
+def table(size: suites.Size) -> Table:
     """Other ways of merging, and experts of other sizes."""
     shapes = size.model
     found: Table = {
         "btx": ("BTX: FFNs merged, the rest averaged, trained on public text", btx),
         "prompt-routing": ("Prompt routing: a classifier picks one dense model", prompt_routing),
-        "lora": (f"LoRA of rank {LORA_RANK} per domain, mixed as BTM", lora),
-        "fedavg": (f"FedAvg, {ROUNDS} rounds", fedavg),
+        "lora": ("LoRA on FFNs per domain, mixed as BTM", lora),
+        "fedavg": ("FedAvg, in rounds", fedavg),
     }
     for part in RANKS:
         rank = max(1, round(part * shapes.d_model))
@@ -51,6 +53,7 @@ def ablations(names: tuple[str, ...]) -> Table:
         ),
         "flex-pair-k1": ("FlexOlmo, pairs trained with one active expert", trained_with_one),
     }
+    found["joint-1x-k2"] = ("Joint MoE, 2 active, 1x FLOPs", joint_with_two)
     found |= {f"flex-k{k}": (f"FlexOlmo, {k} active", active(k)) for k in range(1, len(names) + 1)}
     return found
 
@@ -67,7 +70,7 @@ def changed(label: str, changes: Mapping[str, Any]) -> methods.Method:
 
 
 def sized(label: str, **expert: Any) -> methods.Method:
-    """Experts of another size, routed by token and, beside it, by sequence."""
+    """Experts of another size."""
 
     def method(lab: models.Models) -> methods.Outcome:
         bundles = lab.experts(label, changes={f"expert.{name}": value for name, value in expert.items()})
@@ -109,47 +112,49 @@ def active(count: int) -> methods.Method:
     return lambda lab: methods.single(lab, lab.merge(lab.experts(), top_k=count, runs=lab.runs()), f"flex-k{count}")
 
 
+def joint_with_two(lab: models.Models) -> methods.Outcome:
+    """The jointly trained MoE whose tokens use two experts: more tokens for the same FLOPs."""
+    return methods.single(lab, lab.joint(1.0, top_k=2), "joint-1x-k2")
+
+
 def trained_with_one(lab: models.Models) -> methods.Outcome:
     """Pairs in which each token uses one expert: the defect of the reference, whose router then has no gradient."""
     experts = {PUBLIC: lab.anchor.tensors("expert")}
-    runs: tuple[str, ...] = ()
-    bias = np.full(lab.bench.size.model.num_layers, -0.1, np.float32)
+    pairs: dict[str, training.Trained] = {}
+    bias = np.full(lab.bench.size.model.num_layers, stages.INITIAL_BIAS, np.float32)
     for name in lab.names:
-        router = {"row": lab.bench.row(name, lab.anchor), "bias": bias}
+        run, router = f"{lab.prefix}pair-k1-{name}", {"row": lab.bench.row(name, lab.anchor), "bias": bias}
         pair = {PUBLIC: experts[PUBLIC], name: {**experts[PUBLIC], "router": router}}
         params, banks = surgery.join(lab.anchor.shared(), pair, {PUBLIC: (PUBLIC,), TRUNK: (name,)})
         architecture = surgery.architecture(lab.bench.size.model, banks, 1)
         start = training.Trained(architecture, params, tree.sha256(f"{lab.public.key} pair of {name}, k 1".encode()))
-        fraction = config_lib.ExpertConfig().public_fraction
-        mixture: dict[str, training.Part] = {
-            name: (1 - fraction, f"{name}/train"),
-            PUBLIC: (fraction, f"{PUBLIC}/train"),
-        }
         settings = lab.bench.settings(
             presets.expert_training("mini"),
             lab.expert_steps,
-            learning_rate=lab.recipe.expert,
+            learning_rate=lab.rate("expert", run),
             trainable=f"experts/{TRUNK}/.*",
         )
-        trained = lab.bench.train(f"{lab.prefix}pair-k1-{name}", start, mixture, settings)
+        trained = lab.bench.train(run, start, lab.own(name), settings)
         experts[name] = surgery.split(trained.params, banks)[1][name]
-        runs += trained.runs
+        pairs[name] = trained
     params, banks = surgery.join(lab.anchor.shared(), experts)
     architecture = surgery.architecture(lab.bench.size.model, banks, len(experts))
-    key = tree.sha256(f"{lab.public.key} {lab.recipe.expert} {lab.expert_steps} merged pairs, k 1".encode())
+    key = methods.joined_key("pairs trained with one active", pairs)
+    runs = tuple(run for pair in pairs.values() for run in pair.runs)
     return methods.single(lab, training.Trained(architecture, params, key, runs), "flex-pair-k1")
 
 
 def btx(lab: models.Models) -> methods.Outcome:
-    """Everything is trained on public text after the merge, for the FLOPs of one expert more."""
+    """Everything is trained on public text after the merge, for the FLOPs of one expert more; two experts active as in BTX."""
     parts = {name: lab.dense(name) for name in lab.names}
     params = {name: part.params for name, part in parts.items()}
-    architecture, merged = baselines.branch_train_mix(*lab.public.model, params, lab.bench.seed, top_k=len(parts) + 1)
+    architecture, merged = baselines.branch_train_mix(*lab.public.model, params, lab.bench.seed)
     runs = tuple(run for part in parts.values() for run in part.runs)
     start = training.Trained(architecture, merged, methods.joined_key("BTX", parts), runs)
-    mixture: dict[str, training.Part] = {PUBLIC: (1.0, f"{PUBLIC}/train")}
+    mixture: dict[str, training.Portion] = {PUBLIC: (1.0, f"{PUBLIC}/train")}
     budget = lab.expert_flops / len(lab.names)
-    return methods.single(lab, lab.train("btx", start, mixture, budget, lab.recipe.joint, models.UNBIASED), "btx")
+    trained = lab.train("btx", start, mixture, budget, "btx", models.UNBIASED, stream=1)
+    return methods.single(lab, trained, "btx")
 
 
 def prompt_routing(lab: models.Models) -> methods.Outcome:
@@ -165,7 +170,7 @@ def prompt_routing(lab: models.Models) -> methods.Outcome:
             choices = classifier.scores(openings).argmax(axis=1)
             every = np.stack([scores[text].nats for scores in every_score])
             nats[text] = mixtures.prompt_routed(every, every_score[0][text].documents, choices, opening)
-    cost = methods.forward_flops(lab.public.architecture, bench.size.seq_len)
+    cost = training.forward_flops(lab.public.architecture, bench.size.seq_len) * (1 + opening / bench.size.seq_len)
     runs = tuple(run for part in parts for run in part.model.runs)
     return methods.Outcome(every_score[0], runs, cost, nats)
 
@@ -179,8 +184,8 @@ def lora(lab: models.Models) -> methods.Outcome:
         architecture, params = baselines.lora(*lab.public.model, rank, lab.bench.seed, name)
         start = training.Trained(architecture, params, tree.sha256(f"{lab.public.key} LoRA {rank} {name}".encode()))
         budget = lab.expert_flops / len(lab.names)
-        mixture: dict[str, training.Part] = {name: (1.0, f"{name}/train")}
-        trained = lab.train(f"lora-{name}", start, mixture, budget, lab.recipe.expert, baselines.ADAPTER, router_losses=False)
+        mixture: dict[str, training.Portion] = {name: (1.0, f"{name}/train")}
+        trained = lab.train(f"lora-{name}", start, mixture, budget, "lora", baselines.ADAPTER, presets.public_training("mini"))
         folded = training.Trained(*baselines.fold(*trained.model), trained.key, trained.runs)
         parts.append(methods.Part(folded))
         scores.append(scoring.score(lab.bench, folded, f"lora-{name}", lab.groups))
@@ -188,22 +193,22 @@ def lora(lab: models.Models) -> methods.Outcome:
 
 
 def fedavg(lab: models.Models) -> methods.Outcome:
-    """The owners train the whole model in rounds, and a server averages; they see the tokens that experts see."""
-    rounds = baselines.federated_rounds(lab.expert_steps, -(-lab.expert_steps // ROUNDS), lab.recipe.dense)
+    """The owners train the whole model in rounds, and a server averages; they see the text that experts see, as often."""
+    rounds = baselines.federated_rounds(lab.expert_steps, -(-lab.expert_steps // ROUNDS), lab.rate("fedavg"))
     model = lab.public
     runs: tuple[str, ...] = ()
     for number, round_ in enumerate(rounds):
         trained = []
         for name in lab.names:
-            settings = lab.bench.settings(
-                presets.public_training("mini"), round_.steps, learning_rate=round_.learning_rate, decay="constant"
-            )
+            base = dataclasses.replace(presets.public_training("mini"), warmup_steps=WARMUP if number == 0 else 0)
+            settings = lab.bench.settings(base, round_.steps, learning_rate=round_.learning_rate, decay="constant")
             start = training.Trained(*model.model, model.key)
-            mixture: dict[str, training.Part] = {name: (1.0, f"{name}/train")}
-            found = lab.bench.train(f"fedavg-{number}-{name}", start, mixture, settings, stream=number)
+            run = f"{lab.prefix}fedavg-{number}-{name}"
+            lab.kinds[run] = "fedavg"
+            found = lab.bench.train(run, start, lab.own(name), settings, stream=number)
             trained.append(found)
             runs += found.runs
-        params = baselines.federated_mean([found.params for found in trained], [1.0] * len(trained))
+        params = baselines.soup([found.params for found in trained])
         key = methods.joined_key(f"round {number}", dict(zip(lab.names, trained, strict=True)))
         model = training.Trained(lab.public.architecture, params, key, runs)
     return methods.single(lab, model, "fedavg")

@@ -27,8 +27,17 @@ def grid(flags: Sequence[str]) -> list[dict[str, Any]]:
         if not equals or not values:
             raise errors.ConfigError(f"--sweep={flag} must be PATH=VALUE,VALUE..., for instance train.learning_rate=2e-3,4e-3")
         kind = config_lib.check_field(path)
+        if not path.startswith(("expert.", "train.")):
+            raise errors.ConfigError(f"--sweep={flag}: a sweep is over expert.* and train.*, the settings of the expert's run")
         axes.append([(path, _value(value, kind, flag)) for value in values.split(",")])
-    return [dict(point) for point in itertools.product(*axes)]
+    points = [dict(point) for point in itertools.product(*axes)]
+    for point in points:
+        config = config_lib.Config()
+        for path, value in point.items():
+            group, field = path.split(".")
+            setattr(getattr(config, group), field, value)
+        config_lib.check(config)
+    return points
 
 
 def _value(text: str, kind: Any, flag: str) -> Any:

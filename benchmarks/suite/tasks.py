@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from benchmarks.suite import methods, models, stages
+from benchmarks.suite import methods, mixed, models, stages
 from flexjax import errors, tree
 from flexjax.eval import continuations, items, tasks
 from flexjax.inference import decode
 
-FOLDER = "tasks"  # below --data_root
 ITEMS = 100  # of each task
 
 
@@ -21,7 +19,7 @@ def names(data_root: str, wanted: Sequence[str], domains: Sequence[str]) -> list
     Raises:
       DataError: there is no folder of tasks, or not that task in it.
     """
-    folder = epath.Path(data_root) / FOLDER
+    folder = epath.Path(data_root) / mixed.FOLDER
     if not data_root or not folder.exists():
         raise errors.DataError(
             f"--tasks needs {folder}/NAME.jsonl.gz below --data_root, which is missing; all else runs without"
@@ -32,17 +30,18 @@ def names(data_root: str, wanted: Sequence[str], domains: Sequence[str]) -> list
             raise errors.DataError(f"task '{name}' is not in {folder}; it holds {', '.join(known)}")
     if "all" not in wanted:
         return list(wanted)
-    return [name for name in known if items.read(folder, name, 1).domain in domains]
+    return [name for name in known if items.DOMAINS.get(name) in domains]
 
 
-def scores(lab: models.Models, outcome: methods.Outcome, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+def scores(lab: models.Models, method: str, outcome: methods.Outcome, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What a method makes of each task, by name; empty for methods that give texts no likelihood token by token."""
     if not outcome.parts:
         return {}
     bench, parts = lab.bench, outcome.parts
-    folder = epath.Path(bench.data_root) / FOLDER
+    folder = epath.Path(bench.data_root) / mixed.FOLDER
     tokenizer, window = bench.sources.tokenizer, bench.size.seq_len
-    made_of = {f"{part.model.key}@{part.experts}": str(outcome.chosen) for part in parts}
+    made_of = [[part.model.key, part.model.architecture.top_k, part.experts] for part in parts]
+    digests = {name: tree.sha256((folder / f"{name}.jsonl.gz").read_bytes()) for name in wanted}
 
     def make(directory: epath.Path) -> dict[str, Any]:
         scorers = [
@@ -62,9 +61,8 @@ def scores(lab: models.Models, outcome: methods.Outcome, wanted: Sequence[str]) 
             found[name] = _summary(tasks.evaluate(task, tokenizer, scorer, generator))
         return {"tasks": found}
 
-    key = tree.sha256(tree.canonical_json(made_of))[:8]
-    inputs = {"models": made_of, "tasks": list(wanted), "items": ITEMS, "window": window}
-    directory = bench.stages.run(f"tasks-{key}", inputs, make)
+    inputs = {"models": made_of, "chosen": outcome.chosen, "tasks": digests, "items": ITEMS, "window": window}
+    directory = bench.stages.run(f"tasks-{method}", inputs, make)
     found: Mapping[str, Any] = stages.facts(directory)["tasks"]
     return dict(found)
 
@@ -81,5 +79,4 @@ def _summary(found: tasks.Result) -> dict[str, Any]:
         "high": high,
         "answer_bits": found.bits_per_byte,
         "informative": found.informative,
-        "item_bits": [round(float(value), 2) for value in found.nats / np.log(2)],
     }

@@ -1,7 +1,7 @@
 """Everything that a suite trains, with the product's own loop; each run is a stage with an entry in the ledger of FLOPs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from flexjax.train import flops, loop
 WEIGHTS = "params.npz"
 STREAMS = 1_000_003  # apart in seeds
 Params = tree.Tree
-Part = tuple[float, str | epath.Path]  # of a mixture: share of windows, and file
+Portion = tuple[float, str | epath.Path]  # of a mixture: share of windows, and file
 
 
 @dataclasses.dataclass
@@ -96,7 +96,7 @@ class Bench:
             train,
             steps=steps,
             batch_size=self.size.batch_size,
-            warmup_steps=max(1, min(train.warmup_steps, steps // 5)),
+            warmup_steps=min(train.warmup_steps, max(1, steps // 5)),
             compute_dtype=self.size.compute_dtype,
             save_every=max(1, min(500, steps)),
             keep=1,
@@ -117,7 +117,7 @@ class Bench:
         data = self.config("public").data
         return tokens.tokenize([path], self.sources.tokenizer, data, self.size.model.vocab_size, self.home / "cache" / "tokens")
 
-    def pipeline(self, mixture: Mapping[str, Part], settings: config_lib.TrainConfig, seed: int) -> pipeline.Pipeline:
+    def pipeline(self, mixture: Mapping[str, Portion], settings: config_lib.TrainConfig, seed: int) -> pipeline.Pipeline:
         """The shuffled mixture of texts: share and file by name."""
         found = {name: self.text(file) for name, (_, file) in mixture.items()}
         weights = {name: share for name, (share, _) in mixture.items()}
@@ -132,7 +132,7 @@ class Bench:
             found = product.public_stage(config, self.sources, directory, self.options)
             _forget_checkpoints(directory)
             facts = found.manifest["training"]
-            return {"run": _entry(facts["tokens"], facts["flops"], facts["steps"], ".*"), "digest": found.manifest["digest"]}
+            return {"run": entry(facts["tokens"], facts["flops"], facts["steps"], ".*"), "digest": found.manifest["digest"]}
 
         directory = self.stages.run("anchor", self._inputs(config, {}), make)
         self.enter("anchor", directory)
@@ -160,7 +160,7 @@ class Bench:
         self,
         name: str,
         start: Trained,
-        mixture: Mapping[str, Part],
+        mixture: Mapping[str, Portion],
         settings: config_lib.TrainConfig,
         stream: int = 0,
     ) -> Trained:
@@ -186,7 +186,7 @@ class Bench:
             whole = tree.unflatten(tree.flatten(start.params) | tree.flatten(trained))
             save(directory / WEIGHTS, whole)
             _forget_checkpoints(directory)
-            return {"run": _entry(facts["tokens"], facts["flops"], facts["steps"], settings.trainable)}
+            return {"run": entry(facts["tokens"], facts["flops"], facts["steps"], settings.trainable)}
 
         directory = self.stages.run(name, inputs, make)
         self.enter(name, directory)
@@ -225,7 +225,7 @@ class Bench:
             found = product.expert_stage(config, anchor, corpora, directory, self.options)
             _forget_checkpoints(directory)
             facts = found.manifest["training"]
-            return {"run": _entry(facts["tokens"], facts["flops"], facts["steps"], config.train.trainable)}
+            return {"run": entry(facts["tokens"], facts["flops"], facts["steps"], config.train.trainable)}
 
         inputs = self._inputs(config, {}) | {"anchor": anchor.manifest["digest"]}
         if own:
@@ -245,10 +245,19 @@ class Bench:
         shapes = tree.partition(transformer.abstract(architecture), trainable)[0]
         return flops.per_token(architecture, shapes, self.size.seq_len).total * self.size.batch_size * self.size.seq_len
 
-    def _inputs(self, config: config_lib.Config, mixture: Mapping[str, Part]) -> dict[str, Any]:
+    def _inputs(self, config: config_lib.Config, mixture: Mapping[str, Portion]) -> dict[str, Any]:
         """What decides a run: its settings but for operations, the corpus, the mixture."""
         weights = {name: [share, self.text(file).digest] for name, (share, file) in mixture.items()}
         return {"settings": decisive(config), "corpus": self.corpus, "weights": weights}
+
+
+def forward_flops(architecture: transformer.Architecture, seq_len: int, mask: Sequence[str] | None = None) -> float:
+    """FLOPs of one token's forward pass, with all experts or those of a mask (full ones) switched on."""
+    if mask is not None:
+        bank = config_lib.Bank("active", tuple(mask), architecture.config.d_ff, biased=False)
+        banks = transformer.dense_banks(architecture.config) if tuple(mask) == (suites.PUBLIC,) else (bank,)
+        architecture = transformer.Architecture(architecture.config, banks, len(mask))
+    return flops.per_token(architecture, {}, seq_len).forward
 
 
 def decisive(config: config_lib.Config) -> dict[str, Any]:
@@ -261,7 +270,8 @@ def decisive(config: config_lib.Config) -> dict[str, Any]:
     }
 
 
-def _entry(tokens_seen: int, total: float, steps: int, trainable: str) -> dict[str, Any]:
+def entry(tokens_seen: int, total: float, steps: int, trainable: str) -> dict[str, Any]:
+    """What a run has in the ledger."""
     return {
         "tokens": int(tokens_seen),
         "flops": float(total),

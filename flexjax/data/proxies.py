@@ -77,15 +77,11 @@ class Mined:
       documents: numbers of the chosen public documents, the most alike first.
       log_odds: of each, owner against public, by a classifier that was not shown it.
       accuracy: of the classifiers on documents that they were not shown, mean over the two classes.
-      examined: public documents scored.
-      positive: those of them with log-odds above 0.
     """
 
     documents: Int[np.ndarray, " C"]
     log_odds: Float[np.ndarray, " C"]
     accuracy: float
-    examined: int
-    positive: int
 
 
 def mine(public: tokens_lib.TokenSource, owner: tokens_lib.TokenSource, count: int, seed: int) -> Mined:
@@ -100,11 +96,13 @@ def mine(public: tokens_lib.TokenSource, owner: tokens_lib.TokenSource, count: i
       seed: deals the documents.
 
     Raises:
-      ConfigError: the texts come from different tokenizers.
+      ConfigError: the texts come from different tokenizers, or no document is wanted.
       DataError: too few documents; or the median log-odds of the chosen is below 0, so that most are more public than owner's.
     """
     if public.tokenizer_digest != owner.tokenizer_digest:
         raise errors.ConfigError("proxy mining: public and owner's text come from different tokenizers; tokenise them alike")
+    if count < 1:
+        raise errors.ConfigError(f"proxy mining: count={count} must be at least 1; leave mining out where none is wanted")
     least = max(count, LEAST_DOCUMENTS)
     for what, source, needed in (("public", public, least), ("owner's", owner, LEAST_DOCUMENTS)):
         if (found := source.num_documents) < needed:
@@ -130,7 +128,7 @@ def mine(public: tokens_lib.TokenSource, owner: tokens_lib.TokenSource, count: i
             f"least 0 ({positive} of {len(odds['public'])} are above); sample text from the experts, or ask for donated text"
         )
     accuracy = (float(np.mean(odds["public"] < 0)) + float(np.mean(odds["owner"] > 0))) / 2
-    return Mined(chosen, odds["public"][chosen], accuracy, len(odds["public"]), positive)
+    return Mined(chosen, odds["public"][chosen], accuracy)
 
 
 def openings(

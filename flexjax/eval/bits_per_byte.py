@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import sharding, tree
 from flexjax.data import pipeline, tokens
@@ -48,6 +48,25 @@ class TokenScores:
     shares: Float[np.ndarray, "L E"]
 
 
+def forward_nats(
+    params: tree.Tree,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    architecture: transformer.Architecture,
+    compute: transformer.Compute,
+    *,
+    allowed: Bool[Array, "B E"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    weights: Float[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T"], router.RoutingStats | None]:
+    """-log p of each target, and the routing; the masks as in `transformer.forward`, to be jitted."""
+    mask = allowed if architecture.routed else None
+    out = transformer.forward(params, tokens, architecture, compute, allowed=mask, segments=segments, weights=weights)
+    head = transformer.head_kernel(params)
+    _, nats, _ = losses.cross_entropy(out.hidden, head, targets, head_trainable=False, mesh=compute.mesh)
+    return nats, out.routing
+
+
 class Scorer:
     """One model, ready to score texts; compiled once.
 
@@ -75,22 +94,21 @@ class Scorer:
         compute = transformer.Compute(jnp.dtype(dtype), mesh=mesh)
 
         def score(params: tree.Tree, batch: dict[str, jax.Array], allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = transformer.forward(
+            nats, routing = forward_nats(
                 params,
                 batch["tokens"],
+                batch["targets"],
                 architecture,
                 compute,
-                allowed=allowed if architecture.routed else None,
+                allowed=allowed,
                 segments=batch["segments"],
                 weights=batch["weights"],
             )
-            head = transformer.head_kernel(params)
-            _, nats, _ = losses.cross_entropy(out.hidden, head, batch["targets"], head_trainable=False, mesh=mesh)
             tokens_per_row = batch["weights"].sum(axis=1)
-            if out.routing is None:
+            if routing is None:
                 shares = tokens_per_row.sum()[None, None]
             else:
-                shares = jnp.einsum("LBE,B->LE", out.routing.share, tokens_per_row)
+                shares = jnp.einsum("LBE,B->LE", routing.share, tokens_per_row)
             return nats * batch["weights"], shares
 
         def total(params: tree.Tree, batch: dict[str, jax.Array], allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +127,7 @@ class Scorer:
         nats, total = 0.0, np.zeros(len(self.architecture.experts))
         for _, batch_nats, batch_shares in self._run(self._total, batches, experts):
             nats += float(batch_nats)
-            total += np.asarray(batch_shares, np.float64).mean(axis=0)
+            total += sharding.fetch(batch_shares).astype(np.float64).mean(axis=0)
         shares = total / batches.num_tokens
         return Score(
             bits_per_byte=nats / math.log(2) / batches.num_bytes,
@@ -156,7 +174,7 @@ def gather(
         segments = np.where(counts, batch["segments"], -1)
         before = np.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
         starts.append((segments != before)[counts])
-        shares.append(np.asarray(batch_shares, np.float64))
+        shares.append(sharding.fetch(batch_shares).astype(np.float64))
     lengths = np.diff(source.documents[: batches.num_documents], axis=1)[:, 0]
     return TokenScores(
         nats=np.concatenate(nats),

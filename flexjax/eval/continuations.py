@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from flexjax import errors, tree
+from flexjax.eval import bits_per_byte
 from flexjax.inference import decode
-from flexjax.model import losses, router, transformer
+from flexjax.model import router, transformer
 
 Ids = Sequence[int] | np.ndarray
 Row = tuple[Ids, Ids]
@@ -73,10 +74,7 @@ class ModelScorer:
         compute = transformer.Compute(jnp.dtype(dtype))
 
         def nats(params: tree.Tree, tokens: jax.Array, targets: jax.Array, allowed: jax.Array) -> jax.Array:
-            mask = allowed if architecture.routed else None
-            hidden = transformer.forward(params, tokens, architecture, compute, allowed=mask).hidden
-            head = transformer.head_kernel(params)
-            return losses.cross_entropy(hidden, head, targets, head_trainable=False)[1]
+            return bits_per_byte.forward_nats(params, tokens, targets, architecture, compute, allowed=allowed)[0]
 
         self._nats = jax.jit(nats)
 

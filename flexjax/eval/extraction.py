@@ -16,7 +16,6 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -171,21 +170,6 @@ class Extraction:
         return {
             int(number): Count(int((self.copies == number).sum()), int(self.leaked[self.copies == number].sum()))
             for number in np.unique(self.copies)
-        }
-
-    def row(self) -> dict[str, Any]:
-        """Everything as one JSON object."""
-
-        def entry(count: Count) -> dict[str, Any]:
-            return {"attempted": count.attempted, "extracted": count.extracted, "interval": count.interval}
-
-        return {
-            "protocol": self.protocol,
-            **entry(self.total),
-            "by_copies": {str(number): entry(count) for number, count in self.by_copies.items()},
-            "leaked": self.leaked.tolist(),
-            "copies": self.copies.tolist(),
-            "too_short": self.too_short,
         }
 
 

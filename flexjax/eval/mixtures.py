@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 from flexjax import errors, tree
 from flexjax.data import proxies
 from flexjax.data import tokens as tokens_lib
+from flexjax.eval import bits_per_byte
 from flexjax.inference import sequence
-from flexjax.model import losses, transformer
+from flexjax.model import transformer
 
 Params = tree.Tree
 
@@ -49,9 +50,9 @@ def token_nats(
     compute: transformer.Compute = transformer.Compute(),
 ) -> Float[Array, "B T"]:
     """-log p of each target of a batch of `pipeline`, 0 where its weight is 0."""
-    hidden = transformer.forward(params, batch["tokens"], architecture, compute, segments=batch["segments"]).hidden
-    head = transformer.head_kernel(params)
-    return losses.cross_entropy(hidden, head, batch["targets"], head_trainable=False)[1] * batch["weights"]
+    tokens, targets, segments = batch["tokens"], batch["targets"], batch["segments"]
+    nats, _ = bits_per_byte.forward_nats(params, tokens, targets, architecture, compute, segments=segments)
+    return nats * batch["weights"]
 
 
 def soups_of_rows(
@@ -145,6 +146,28 @@ def branch_train_merge(
       ConfigError: the temperature is not above 0, or k is not between 1 and M.
     """
     return mix(nats, sequence.combine(nats, starts, sequence.Settings(temperature=temperature, share=0.0))[1], top_k)
+
+
+def branch_train_merge_by_opening(
+    nats: Float[np.ndarray, "M N"], starts: Bool[np.ndarray, " N"], temperature: float, top_k: int, opening: int
+) -> Float[np.ndarray, " N"]:
+    """BTM that runs all models on the first `opening` tokens since a start only, and then keeps the k models of most weight.
+
+    The opening itself is mixed from all, by all that came before each token. It costs M passes a token there and k after it.
+
+    Raises:
+      ConfigError: the opening is negative; or as `branch_train_merge`.
+    """
+    if opening < 0:
+        raise errors.ConfigError(f"opening={opening} of a mixture must be 0 (the first k models) or a number of tokens")
+    settings = sequence.Settings(temperature=temperature, share=0.0)
+    weights = sequence.combine(nats, starts, settings)[1]
+    position = np.arange(nats.shape[1])
+    first = np.maximum.accumulate(np.where(starts, position, 0))
+    after = position - first >= opening
+    held = np.where(after, first + opening, position)
+    chosen = mix(nats, weights[:, held], top_k)
+    return np.where(after, chosen, mix(nats, weights, len(nats)))
 
 
 def prompt_router(

@@ -6,9 +6,12 @@
 - Generative: bits per byte of the right answer, which tells models apart long before one of them answers rightly; and for
   some tasks whether greedy decoding gives it. Code is judged by its likelihood alone: nothing that a model wrote is run.
 
-An item that does not fit the window is counted as too long and left out, never cut. What a model answers rightly is held
-against guessing, and against a model to which all tokens are alike: that one knows nothing but how the choices are written,
-and where right answers are written unlike wrong ones, any untrained model is far above chance.
+An item that does not fit the window is counted as too long and left out, never cut. A greedy answer is read no further than
+the window reaches behind its own context, whatever the other items: positions beyond it were never trained.
+
+What a model answers rightly is held against guessing, and against a model to which all tokens are alike: that one knows
+nothing but how the choices are written, and where right answers are written unlike wrong ones, any untrained model is far
+above chance.
 """
 
 import dataclasses
@@ -16,7 +19,6 @@ import decimal
 import math
 import re
 import string
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -83,12 +85,6 @@ class Result:
             return None
         return self.chance is not None and self.interval[0] > max(self.chance, self.uniform or 0.0)
 
-    def row(self) -> dict[str, Any]:
-        """Everything as one JSON object."""
-        fields = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in dataclasses.asdict(self).items()}
-        summary = {name: getattr(self, name) for name in ("bits_per_byte", "accuracy", "interval", "informative")}
-        return fields | {"items": len(self.ids)} | summary
-
 
 def evaluate(
     task: items_lib.Task,
@@ -124,9 +120,11 @@ def evaluate(
         num_tokens = [np.array([len(end) for end in ends[index]]) for index in kept]
         alike = [_draws(t / b, i.gold) for t, b, i in zip(num_tokens, num_bytes, items, strict=True)]
     elif generator is not None and task.name in GREEDY:
-        measure, max_new_tokens = GREEDY[task.name]
-        answers = generator.generate([contexts[index] for index in kept], max_new_tokens) if kept else []
-        texts = [tokenizer.decode(answer) for answer in answers]
+        measure, most = GREEDY[task.name]
+        _check_answers(task.name, measure, items)
+        room = [min(most, scorer.window - len(contexts[index])) for index in kept]  # at least the right answer fits
+        answers = generator.generate([contexts[index] for index in kept], max(room)) if kept else []
+        texts = [tokenizer.decode(answer[:size]) for answer, size in zip(answers, room, strict=True)]
         correct = np.array([matches(measure, text, item.answer) for text, item in zip(texts, items, strict=True)], bool)
     return Result(
         task=task.name,
@@ -142,6 +140,14 @@ def evaluate(
         chance=float(np.mean([item.chance for item in items])) if items else None,
         uniform=float(np.mean(alike)) if alike else None,
     )
+
+
+def _check_answers(task: str, measure: str, items: list[items_lib.Item]) -> None:
+    for item in items:
+        if measure == NUMBER and _number(item.answer) is None:
+            raise errors.DataError(
+                f"task {task}: the answer of item {item.id} is no number, measure '{NUMBER}' needs one; mend the task file"
+            )
 
 
 def _wins(costs: np.ndarray, gold: int) -> bool:
@@ -161,15 +167,10 @@ def matches(measure: str, completion: str, answer: str) -> bool:
     - "exact number": the number after the first "Answer:" has the value of the answer;
     - "exact match": the first line that is not blank is the answer;
     - "last word": the first word is the answer, but for punctuation around it.
-
-    Raises:
-      DataError: the answer should be a number and is none.
     """
     if measure == NUMBER:
-        expected = _number(answer)
-        if expected is None:
-            raise errors.DataError(f"measure '{NUMBER}' needs answers that are numbers; one has none, mend the task file")
-        return _number(completion.partition("Answer:")[2]) == expected
+        said = _number(completion.partition("Answer:")[2])
+        return said is not None and said == _number(answer)
     line = completion.strip().partition("\n")[0].strip()
     if measure == EXACT:
         return line == answer.strip()

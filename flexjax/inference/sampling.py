@@ -45,7 +45,8 @@ def sample(logits: Float[Array, "B V"], settings: Sampling, step: Int[Array, " B
     """Draws one token per row; `step` numbers the draws of each request.
 
     The order is temperature, top k, then top p of what is left. Draws are Gumbel maxima, each row's noise from its own seed
-    and step alone. A row costs a sort only while some row wants top k or top p, and noise only while some row is not greedy.
+    and step alone. Rows are sorted only while some row wants top p without a top k of at most `FEW`, or a larger top k; noise
+    is drawn only while some row is not greedy.
     """
     greedy = jnp.argmax(logits, axis=-1)
 
@@ -62,19 +63,24 @@ def sample(logits: Float[Array, "B V"], settings: Sampling, step: Int[Array, " B
 
 
 def _restrict(scaled: Array, settings: Sampling) -> Array:
-    """Logits with -inf for what top k and top p leave out; ties go to the smaller id."""
-    few = min(FEW, scaled.shape[1])
+    """Logits with -inf for what top k and top p leave out; ties go to the smaller id.
+
+    Selection and sorting may differ in the last bit of a sum, so a row's own settings alone say which of them it goes by.
+    """
     free = (settings.top_k == 0) & (settings.top_p == 1)
+    selected = (settings.top_k > 0) & (settings.top_k <= FEW)
+    everything = jnp.ones_like(scaled, bool)
 
     def by_sorting() -> Array:
         order = jnp.argsort(-scaled, axis=-1, stable=True)
         return _kept(jnp.take_along_axis(scaled, order, axis=-1), order, settings, scaled.shape[1])
 
     def by_selection() -> Array:
-        return _kept(*jax.lax.top_k(scaled, few), settings, scaled.shape[1])
+        return _kept(*jax.lax.top_k(scaled, min(FEW, scaled.shape[1])), settings, scaled.shape[1])
 
-    selectable = (free | ((settings.top_k > 0) & (settings.top_k <= few))).all()
-    return jnp.where(free[:, None] | jax.lax.cond(selectable, by_selection, by_sorting), scaled, -jnp.inf)
+    few = jax.lax.cond(selected.any(), by_selection, lambda: everything)
+    many = jax.lax.cond((~free & ~selected).any(), by_sorting, lambda: everything)
+    return jnp.where(free[:, None] | jnp.where(selected[:, None], few, many), scaled, -jnp.inf)
 
 
 def _kept(descending: Float[Array, "B n"], ids: Int[Array, "B n"], settings: Sampling, vocab_size: int) -> Bool[Array, "B V"]:

@@ -17,10 +17,11 @@ SwiGLU and the optimizer are not counted; neither is what remat computes again: 
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from flexjax import config as config_lib
 from flexjax import tree
-from flexjax.model import dispatch, transformer
+from flexjax.model import dispatch, router, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,23 @@ def per_token(architecture: transformer.Architecture, trainable: tree.Tree, seq_
     head = "embed/embedding" if config.tied_head else "head/kernel"
     book.product(head, config.d_model * config.vocab_size, 1, below)
     return Flops(book.forward, book.backward)
+
+
+def forward_per_token(architecture: transformer.Architecture, seq_len: int, experts: Iterable[str] | None = None) -> float:
+    """FLOPs of a token's forward pass with all experts, or those named, switched on; `public` alone is a dense model.
+
+    Counts what has to be computed: of the named experts `top_k` at most, each at its own width or rank, a low-rank one with
+    what it takes of `public`, named or not.
+
+    Raises:
+      PolicyError: an expert is unknown, or none is named.
+    """
+    named = set(architecture.experts if experts is None else experts)
+    router.allowed_mask(architecture.experts, named, 1)
+    kept = ((bank, tuple(name for name in bank.experts if name in named)) for bank in architecture.banks)
+    banks = tuple(dataclasses.replace(bank, experts=names) for bank, names in kept if names)
+    masked = transformer.Architecture(architecture.config, banks, min(architecture.top_k, len(named)))
+    return per_token(masked, {}, seq_len).forward
 
 
 def _together(book: _Ledger, architecture: transformer.Architecture, below: bool) -> bool:

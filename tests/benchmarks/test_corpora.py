@@ -88,6 +88,6 @@ def test_a_changed_file_changes_the_digest(root, tmp_path):
 def test_a_file_that_is_missing_or_broken_is_named(root, tmp_path, break_it, says):
     path = root / "mix" / "math" / "train.jsonl.gz"
     break_it(path)
-    with pytest.raises(errors.DataError, match="math/train.jsonl.gz") as caught:
+    with pytest.raises(errors.DataError, match=r"math/train\.jsonl\.gz") as caught:
         corpora.prepare(SUITE, SIZE, str(root), epath.Path(tmp_path / "corpus"))
     assert says in str(caught.value)

@@ -187,3 +187,13 @@ def test_what_is_no_row_is_refused(change, said):
     with pytest.raises(errors.DataError, match=said) as refused:
         measures.Measures(found)
     assert str(refused.value).startswith("row 2")
+    assert str(refused.value).endswith("remove the line or run the method again")
+
+
+@pytest.mark.parametrize("field", ["seed", "status", "group", "suite"])
+def test_what_is_no_row_is_quoted_briefly(field):
+    row = synthetic.suite(FACTORS)[0] | {field: ["long\n"] * 10_000}
+    with pytest.raises(errors.DataError) as refused:
+        rows.check(row, "rows.jsonl:1")
+    said = str(refused.value)
+    assert len(said) < 250 and "\n" not in said and field in said

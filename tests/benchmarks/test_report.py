@@ -101,6 +101,9 @@ def full(tmp_path_factory):
 def test_report_has_every_section_and_figure(full):
     text, directory = full
     assert text.splitlines()[2].startswith("Sanity holds: joint-2x is better than joint-1x in every seed")
+    assert (
+        "by sequence, nothing tuned 92 [" in text.splitlines()[4] and "(4.2 forwards, 1.00 x joint-1x)" in text.splitlines()[4]
+    )
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     for title in titles:
         assert not section(text, title).strip().startswith(("Not ", "No ", "Empty")), title
@@ -116,7 +119,7 @@ def test_main_table_is_sorted_by_gap_and_shows_failures(full):
     assert names == [*expected, "soup"]
     assert cells(text, "| flex |")[2:5] == ["3.00", "1.00", "1.0"]
     gap, seeds, paper = cells(text, "| flex-paper |")[-3:]
-    assert gap.startswith("33 [") and seeds.startswith("2, ±") and paper == "67"
+    assert gap.startswith("33 [") and seeds.startswith("2, ±") and paper == "45"
     assert cells(text, "| soup |")[-4:] == ["failed", "-", "0 of 2", "18"]
     failures = section(full[0], "What failed or was not run")
     assert cells(failures, "| `soup` | 0")[2:] == ["failed: ValueError: a \\", "b c"]
@@ -125,27 +128,36 @@ def test_main_table_is_sorted_by_gap_and_shows_failures(full):
 
 def test_paper_has_its_own_gap(full):
     text = section(full[0], "Beside the paper")
-    assert cells(text, "| FlexOlmo, router tuned |")[1:] == ["`flex-tuned-proxy`", "47.8", "75", "was not run"]
+    tuned = cells(text, "| FlexOlmo, router tuned |")
+    assert tuned[1] == "`flex-tuned-proxy`" and tuned[3:] == ["47.8", "75", "was not run"]
+    assert cells(text, "| FlexOlmo, rows of a text encoder")[1:] == ["-", "no counterpart", "46.7", "67", "-"]
+    assert cells(text, "| FlexOlmo, no bias, no domain rows |")[1:3] == ["-", "no counterpart"]
+    assert cells(text, "| FlexOlmo, rows of hidden states")[1:5] == ["`flex-paper`", "", "43.5", "45"]
     assert cells(text, "| model soup |")[-1] == "failed"
 
 
 def test_claims(full):
     text = section(full[0], "Quality to reach")
     untuned = cells(text, "| per-token routing, no tuning")
-    assert untuned[3] == "`flex`" and untuned[4].startswith("73 [") and "yes" in untuned[5]
+    assert untuned[3] == "`flex`" and untuned[4].startswith("73 [") and "yes" in untuned[6]
     assert cells(text, "| per-token routing, tuned")[3] == "`flex-tuned-sampled`"  # never on donated text
-    assert cells(text, "| sequence masks")[3] == "`flex-sequence`" and "yes" in cells(text, "| sequence masks")[5]
-    assert cells(text, "| best of these against joint 1x")[3] == "`flex-sequence`"
-    against = cells(text, "| best of these against BTM at equal inference FLOPs, pure")
-    assert "4.2 against 4.0 forwards (`btm`)" in against[4] and against[5].startswith("no")
+    masks = cells(text, "| sequence masks, no tuning")
+    assert masks[3] == "`flex-sequence`" and masks[6].startswith("yes")
+    assert masks[5] == "4.2 forwards, 1.00 x"
+    assert cells(text, "| sequence masks against joint 1x, unseen")[4].startswith("-9.")
+    joint = cells(text, "| best of these against joint 1x")
+    assert joint[3] == "`flex-sequence`"
+    assert joint[5] == "`flex-sequence` 4.2 forwards, 1.00 x; `joint-1x` 1.0 forwards, 1.00 x"
+    against = cells(text, "| best of these against BTM or prompt routing at equal inference FLOPs, pure")
+    assert against[5] == "`flex-sequence` 4.2 forwards, 1.00 x; `btm` 4.0 forwards, 1.00 x" and against[6].startswith("no")
     removal = cells(text, "| removing an expert")
-    assert removal[4].startswith("of 6, 0 worse and 0 better") and removal[5] == "**yes**"
+    assert removal[4].startswith("of 6, 0 worse and 0 better") and removal[6] == "yes for these documents, 2 seeds"
     public = {line.split("|")[4].strip(): line for line in text.splitlines() if line.startswith("| public text")}
     assert set(public) == {"`flex`", "`flex-tuned-sampled`", "`flex-sequence`"}
 
 
 def test_equal_cost_is_part_of_the_claim():
-    found = everything()
+    found = everything((0, 1, 2))
     for row in found:
         if row["method"] == "flex-sequence":
             row["ledger"]["forwards"] = 8.0
@@ -158,6 +170,31 @@ def test_equal_cost_is_part_of_the_claim():
             row["ledger"]["forwards"] = 4.0
     against = [claim for claim in quality.claims(measures.Measures(found)) if "BTM" in claim.what and "pure" in claim.what]
     assert against[0].reached == "**yes**"
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_few_seeds_speak_for_these_documents_only(seeds, tmp_path):
+    found = synthetic.suite(FACTORS, range(seeds), noise=0.01)
+    text = section(written(found, tmp_path), "Quality to reach")
+    reached = cells(text, "| best of these against joint 1x")[-1]
+    count = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    assert reached == ("**yes**" if seeds == 3 else f"yes for these documents, {count}")
+    assert (quality.FEW_SEEDS in text) == (seeds < 3) and ("**yes**" in text) == (seeds == 3)
+
+
+@pytest.mark.parametrize("other", ["btm-2", "btm-opening-1", "prompt-routing"])
+def test_cheaper_rivals(other):
+    """A rival within the cost of `flex` is taken instead of BTM, which is better but costs four times as much."""
+    found = synthetic.suite(FACTORS | {other: 0.73})
+    for row in found:
+        row["ledger"]["forwards"] = {"btm": 4.0, other: 1.1}.get(row["method"], 1.0)
+    made = measures.Measures(found)
+    assert quality.rival(made, "flex") == other
+    alone = measures.Measures([row for row in found if row["method"] != "btm"])
+    assert quality.rivals(alone) == [other]
+    for row in found:
+        row["ledger"]["forwards"] = 4.0
+    assert quality.rival(measures.Measures(found), "flex") == "btm"
 
 
 @pytest.mark.parametrize(
@@ -186,6 +223,27 @@ def test_the_best_of_a_kind_is_chosen_on_the_tuning_half():
     made = measures.Measures(found)
     assert quality.chosen(made)["token"] == "flex-paper"
     assert quality.claims(made)[0].measured.startswith("33 [")
+
+
+def test_removal_without_a_seed_in_common(tmp_path):
+    """Such a pair is kept out of table, claim and figure, and named; the others stay."""
+    found = [row for row in everything() if (row["method"], row["seed"]) not in (("flex", 1), ("flex-without-math", 0))]
+    text = written(found, tmp_path)
+    removal = section(text, "Removing an expert")
+    assert "| code |" in removal and "| math |" not in removal
+    assert "No seed in common, so not compared: `flex-without-math` with `flex`." in removal
+    assert cells(section(text, "Quality to reach"), "| removing an expert")[4].startswith("of 3, 0 worse")
+    found = [row for row in found if row["method"] != "flex-without-code"]
+    text = written(found, tmp_path)
+    assert cells(section(text, "Quality to reach"), "| removing an expert")[4] == "no seed in common"
+    assert "No seed in common" in section(text, "Removing an expert") and not (tmp_path / "removal.png").exists()
+
+
+def test_removal_of_the_only_domain():
+    found = synthetic.suite({"flex": 1.0, "flex-without-math": 1.1})
+    for row in found:
+        row["scores"]["report"] = {"math": row["scores"]["report"]["math"]}
+    assert quality.claims(measures.Measures(found))[-1].measured == "there is no other domain"
 
 
 def test_removal_matrix(full):
@@ -217,10 +275,48 @@ def test_tasks_extraction_tuning_ledger_attempts(full):
     assert "| `flex` | 2 | 24 [17, 33] |" in text and "| `flex` | 2 | 2.11 |" in text
     assert "61 of 200: 30.5 [25.0, 37.0]" in section(text, "Extraction")
     tuning = section(text, "Tuning")
-    assert "Numbers of trials DIFFER: 2, 3." in tuning
-    assert cells(tuning, "| runs: joint")[3] == "learning rate 0.004 (all seeds)"
+    assert "Numbers of trials DIFFER: 0, 2, 5." in tuning and "All that is listed" not in tuning
+    assert cells(tuning, "| joint |")[3] == "learning rate 0.004, best at the edge of the grid"
+    assert cells(tuning, "| `flex` |")[1:4] == ["5", "3", "joint 2"]
+    assert cells(tuning, "| `btm` |")[1:] == ["0", "0", "0", "", ""]
     assert cells(section(text, "Ledger of FLOPs"), "| expert-math |")[2:7] == ["0.80", "400", "1.00", "60", "17"]
     assert section(text, "What was tried").strip() == "### Rows\nWhitening: predicted +3 points, -1 came."
+
+
+def test_equal_trials(tmp_path):
+    """The same number in all, though one method has settings of its own and the others only learning rates."""
+    found = synthetic.suite(FACTORS)
+    rates = [{"learning_rate": rate, "tune": 2 + (rate - 0.004) ** 2} for rate in (0.008, 0.002, 0.004)]
+    for row in found:
+        row |= {"trials": rates} if row["method"] == "btm" else {"learning_rates": {"joint": rates}}
+    tuning = section(written(found, tmp_path), "Tuning")
+    assert "All that is listed had 3 trials" in tuning and "at the edge" not in tuning
+    del found[0]["learning_rates"]
+    assert "Numbers of trials DIFFER: 0, 3." in section(written(found, tmp_path), "Tuning")
+
+
+def test_rows_made_of_different_things_are_named_near_the_top(tmp_path):
+    found = synthetic.suite(FACTORS, (0, 1))
+    for row in found:
+        row["inputs"] = "b" * 64 if (row["method"], row["seed"]) in (("flex", 1), ("btm", 0)) else "a" * 64
+    top = written(found, tmp_path).split("\n## ")[0]
+    odd = f"**Not comparable: rows were made of different `inputs`.** Most of `{'a' * 12}`, but `{'b' * 12}`: "
+    assert f"{odd}`btm` (seed 0), `flex` (seed 1)." in top.splitlines() and "commit" not in top
+    for row in found:
+        row["inputs"] = "a" * 64
+    found[0]["commit"] = "def5678+changes"
+    top = written(found, tmp_path).split("\n## ")[0]
+    assert "inputs" not in top
+    assert "Rows are of several commits: most of `abc1234`; `def5678+changes`: `anchor` (seed 0)." in top
+    assert "Code that is in no commit, `+changes`: `def5678+changes`." in top
+    found[0] = synthetic.failed("anchor", 0, "x") | {"commit": "def5678"}  # nothing was measured by it
+    assert "commit" not in written(found, tmp_path).split("\n## ")[0]
+
+
+def test_origin(full):
+    text = section(full[0], "What was run")
+    assert "- methods began: 2026-01-01 00:00 to 2026-01-01 00:00 UTC" in text
+    assert "- what seeds share: corpus, split, tokenizer, learning rates; they differ in" in text
 
 
 def test_nothing_may_be_claimed_where_sanity_fails(tmp_path):
@@ -237,7 +333,7 @@ def test_little_is_reported_as_little(tmp_path):
     text = written(synthetic.suite({"anchor": 1.0}), tmp_path)
     assert text.splitlines()[2] == "**Nothing may be claimed from this report: joint-1x was not run; joint-2x was not run.**"
     assert [path.name for path in tmp_path.iterdir()] == [report.FILE]
-    assert cells(section(text, "Quality to reach"), "| per-token routing, no tuning")[4:] == ["not run", "not measured"]
+    assert cells(section(text, "Quality to reach"), "| per-token routing, no tuning")[4:] == ["not run", "-", "not measured"]
     for title in ("Second suite", "Ablations", "Tasks", "Extraction"):
         assert section(text, title).strip() == "Not run."
 

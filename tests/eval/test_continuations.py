@@ -11,7 +11,9 @@ from flexjax import errors, tree
 from flexjax.eval import continuations, mixtures
 from flexjax.inference import decode, sequence
 from flexjax.model import router, transformer
+from tests.inference.quick import quick
 from tests.model import noise
+from tests.train import tiny
 
 EOS, WINDOW = 1, 80
 TINY = config_lib.ModelConfig(
@@ -24,9 +26,15 @@ PARAMS = noise.params(MERGED, seed=2)
 WITHOUT_ROUTER = {"experts": {"public": {"ffn": PARAMS["experts"]["public"]["ffn"]}}}
 
 
+def quick_scorer(architecture, params):
+    found = continuations.ModelScorer(architecture, params, EOS, WINDOW, batch_size=2)
+    found._nats = jax.jit(found._nats.__wrapped__, compiler_options=tiny.QUICK)
+    return found
+
+
 @functools.cache
 def scorer():
-    return continuations.ModelScorer(MERGED, PARAMS, EOS, WINDOW, batch_size=2)
+    return quick_scorer(MERGED, PARAMS)
 
 
 def rows(*lengths, seed=0):
@@ -40,7 +48,7 @@ def log_softmax():
         hidden = transformer.forward(params, tokens, MERGED, allowed=allowed).hidden
         return jax.nn.log_softmax(transformer.logits(params, hidden)[0])
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=tiny.QUICK)
 
 
 def direct(row, experts=None):
@@ -78,13 +86,14 @@ def test_batch_mates_do_not_change_a_score_and_order_is_kept():
 
 def test_masked_experts_give_what_the_public_model_gives_whatever_they_hold():
     public = {**{part: PARAMS[part] for part in ("embed", "layers", "head")}, **WITHOUT_ROUTER}
-    expected = continuations.ModelScorer(DENSE, public, EOS, WINDOW).score(rows(*LENGTHS))
+    expected = quick_scorer(DENSE, public).score(rows(*LENGTHS))
     np.testing.assert_allclose(scorer().restricted(["public"]).score(rows(*LENGTHS)), expected, rtol=1e-5)
     full = scorer().score(rows(*LENGTHS))
     assert np.abs(np.array(full) / expected - 1).max() > 1e-2  # the experts do say something else
     flat = tree.flatten(PARAMS)
     nan = {path: np.full_like(leaf, np.nan) for path, leaf in flat.items() if path.startswith("experts/owners/")}
-    broken = continuations.ModelScorer(MERGED, tree.unflatten(flat | nan), EOS, WINDOW, batch_size=2, experts=("public",))
+    broken = scorer().restricted(("public",))  # a copy, on the same compiled programs
+    broken._params = tree.unflatten(flat | nan)
     assert broken.score(rows(*LENGTHS)) == scorer().restricted(("public",)).score(rows(*LENGTHS))
     assert np.isnan(broken.restricted(None).score(rows((5, 3)))[0])
 
@@ -114,13 +123,13 @@ def test_mixtures_of_models_and_of_masks_are_scored_row_by_row():
 
 
 def test_greedy_answers_are_those_of_one_prompt_alone():
-    decoder = decode.Decoder(PARAMS, MERGED, EOS)
+    decoder = quick(decode.Decoder(PARAMS, MERGED, EOS))
     prompts = [context for context, _ in rows((9, 0), (2, 0), (5, 0), (4, 0), (7, 0))]
     for experts in (None, ("public",)):
         answers = continuations.Greedy(decoder, experts, batch_size=2).generate(prompts, 6)
         for prompt, answer in zip(prompts, answers, strict=True):
             expected = decoder.generate([decode.Request(prompt.tolist(), experts)], 6)[0]
             assert answer.tolist() == expected.tolist()
-    everyone = continuations.Greedy(decoder).generate(prompts, 6)
+    everyone = continuations.Greedy(decoder, batch_size=2).generate(prompts, 6)
     assert any(a.tolist() != b.tolist() for a, b in zip(answers, everyone, strict=True))  # the mask reaches the decoder
     assert continuations.Greedy(decoder).generate([], 6) == []

@@ -21,6 +21,8 @@ STACKED = jax.tree.map(lambda *leaves: np.stack(leaves), *MODELS)
 M, N, LENGTH = 4, 60, 12
 NATS = np.random.default_rng(0).gamma(2.0, 1.5, (M, N))
 STARTS = np.arange(N) % LENGTH == 0
+OPENING = 5
+AFTER = np.arange(N) % LENGTH >= OPENING
 
 
 def batch():
@@ -32,12 +34,13 @@ def batch():
 
 @functools.cache
 def plain():
-    return jax.jit(lambda params, batch: mixtures.token_nats(params, batch, DENSE))
+    return jax.jit(lambda params, batch: mixtures.token_nats(params, batch, DENSE), compiler_options=tiny.QUICK)
 
 
 @functools.cache
 def by_opening():
-    return jax.jit(lambda models, batch: mixtures.soup_per_input(models, batch, DENSE, temperature=0.1))
+    run = functools.partial(mixtures.soup_per_input, architecture=DENSE, temperature=0.1)
+    return jax.jit(run, compiler_options=tiny.QUICK)
 
 
 # soups
@@ -55,7 +58,8 @@ def test_token_nats_are_those_of_the_scorer():
 
 def test_each_row_is_scored_with_its_own_soup():
     weights = np.random.default_rng(1).dirichlet(np.ones(3), size=4).astype(np.float32)
-    found = jax.jit(lambda *args: mixtures.soups_of_rows(*args, DENSE))(STACKED, weights, batch())
+    run = jax.jit(lambda *args: mixtures.soups_of_rows(*args, DENSE), compiler_options=tiny.QUICK)
+    found = run(STACKED, weights, batch())
     for row in range(4):
         expected = plain()(baselines.soup(MODELS, weights[row]), batch())[row]
         np.testing.assert_allclose(found[row], expected, atol=2e-5)
@@ -162,6 +166,51 @@ def test_btm_costs_at_most_the_logarithm_of_the_models_more_than_the_best():
     found = mixtures.branch_train_merge(NATS, STARTS, 1.0, M).reshape(-1, LENGTH).sum(axis=1)
     best = NATS.reshape(M, -1, LENGTH).sum(axis=2).min(axis=0)
     assert (found <= best + np.log(M) + 1e-9).all()
+
+
+# BTM by the opening
+
+
+@pytest.mark.parametrize("top_k", [1, 2, M])
+def test_btm_by_opening_mixes_all_before_and_the_chosen_after(top_k):
+    """By hand: the weights that a segment's first five tokens leave, for all that follow them there."""
+    found = mixtures.branch_train_merge_by_opening(NATS, STARTS, 0.8, top_k, OPENING)
+    everyone = mixtures.branch_train_merge(NATS, STARTS, 0.8, M)
+    np.testing.assert_array_equal(found[~AFTER], everyone[~AFTER])
+    for start in range(0, N, LENGTH):
+        opening, rest = NATS[:, start : start + OPENING], NATS[:, start + OPENING : start + LENGTH]
+        weights = np.exp(-(opening.sum(axis=1) - opening.sum(axis=1).min()) / 0.8)
+        kept = np.argsort(-weights)[:top_k]
+        expected = -np.log(weights[kept] / weights[kept].sum() @ np.exp(-rest[kept]))
+        np.testing.assert_allclose(found[start + OPENING : start + LENGTH], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, M])
+def test_what_stands_behind_the_opening_changes_itself_alone(top_k):
+    before = mixtures.branch_train_merge_by_opening(NATS, STARTS, 1.0, top_k, OPENING)
+    for token in (0, 4, 5, 13, 30, 59):
+        changed = NATS.copy()
+        changed[:, token] = changed[::-1, token] + np.arange(M) + 0.5
+        differs = np.flatnonzero(mixtures.branch_train_merge_by_opening(changed, STARTS, 1.0, top_k, OPENING) != before)
+        end = token + 1 if AFTER[token] else (token // LENGTH + 1) * LENGTH
+        assert token in differs and set(differs) <= set(range(token, end))
+
+
+def test_one_model_of_least_loss_over_the_opening_scores_the_rest():
+    found = mixtures.branch_train_merge_by_opening(NATS, STARTS, 1.0, 1, OPENING)
+    for start in range(0, N, LENGTH):
+        best = int(np.argmin(NATS[:, start : start + OPENING].sum(axis=1)))
+        np.testing.assert_allclose(found[start + OPENING : start + LENGTH], NATS[best, start + OPENING : start + LENGTH])
+
+
+def test_openings_of_no_tokens_and_of_whole_segments():
+    """With no opening nothing is known, so the first models stay; no segment is longer than the last opening."""
+    none = mixtures.branch_train_merge_by_opening(NATS, STARTS, 1.0, 2, 0)
+    np.testing.assert_allclose(none, -np.log(np.exp(-NATS[:2]).mean(axis=0)))
+    whole = mixtures.branch_train_merge_by_opening(NATS, STARTS, 1.0, 2, LENGTH)
+    np.testing.assert_array_equal(whole, mixtures.branch_train_merge(NATS, STARTS, 1.0, M))
+    with pytest.raises(errors.ConfigError, match="opening=-1"):
+        mixtures.branch_train_merge_by_opening(NATS, STARTS, 1.0, 2, -1)
 
 
 # one model for a whole text

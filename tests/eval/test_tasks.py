@@ -13,6 +13,7 @@ from flexjax.eval import continuations, intervals, items, tasks
 from flexjax.inference import decode
 from flexjax.model import transformer
 from tests.eval.bytes_tokenizer import VOCAB, Bytes
+from tests.inference.quick import quick
 from tests.model import noise
 
 TOKENIZER = Bytes()
@@ -93,7 +94,6 @@ def test_too_long_items_are_counted_and_never_cut(tmp_path):
     nothing = tasks.evaluate(task, TOKENIZER, Oracle(lambda context, after: 1.0, window=5))
     assert (nothing.ids, nothing.too_long, nothing.accuracy, nothing.bits_per_byte) == ((), 3, None, None)
     assert (nothing.interval, nothing.chance, nothing.uniform, nothing.informative) == ((0.0, 1.0), None, None, False)
-    json.dumps(nothing.row(), allow_nan=False)
 
 
 def test_chance_and_whether_it_is_beaten_are_computed_from_the_items(tmp_path):
@@ -152,12 +152,24 @@ def test_greedy_answers_are_compared_as_the_task_says(tmp_path):
     }  # fmt: skip
     assert (result.measure, result.accuracy, result.chance, result.informative) == ("exact number", 0.5, 0.25, False)
     assert parrot.asked == [(4, 256)]
-    row = result.row()
-    assert (row["accuracy"], row["items"], row["bits_per_byte"]) == (0.5, 4, pytest.approx(1 / math.log(2)))
-    json.dumps(row, allow_nan=False)
+    assert (len(result.ids), result.bits_per_byte) == (4, pytest.approx(1 / math.log(2)))
     without = tasks.evaluate(task, TOKENIZER, Oracle(lambda context, after: 1.0 * len(after)))
     assert (without.measure, without.accuracy, without.interval, without.informative) == ("", None, None, None)
     assert without.bits_per_byte == result.bits_per_byte
+
+
+def test_greedy_answers_are_read_no_further_than_the_window_reaches(tmp_path):
+    """Of prompts of 6, 9 and 15 tokens in a window of 20: the last answer of 6 letters is cut, whoever else is asked."""
+    words = {"a" * 6: "kiwi", "b" * 9: "banana", "c" * 15: "kiwi"}
+    task = write(tmp_path, "lambada", [{"prompt": prompt, "answer": answer} for prompt, answer in words.items()])
+    parrot = Parrot({"a" * 6: " kiwi", "b" * 9: " banana", "c" * 15: " kiwis"})
+    result = tasks.evaluate(task, TOKENIZER, Oracle(lambda context, after: 1.0, window=20), parrot)
+    assert result.accuracy == 1.0 and parrot.asked == [(3, 14)]
+    wide = tasks.evaluate(task, TOKENIZER, Oracle(lambda context, after: 1.0, window=21), parrot)
+    assert dict(zip(wide.ids, wide.correct.tolist(), strict=True))["lambada/2"] is False
+    assert parrot.asked[1:] == [(3, 15)]
+    tasks.evaluate(task, TOKENIZER, Oracle(lambda context, after: 1.0), parrot)
+    assert parrot.asked[2:] == [(3, 16)]  # what the task says, where the window is wide
 
 
 def test_code_is_judged_by_likelihood_and_never_generated_or_run(tmp_path):
@@ -197,9 +209,13 @@ def test_what_counts_as_an_answer(measure, completion, answer, expected):
     assert tasks.matches(measure, completion, answer) is expected
 
 
-def test_a_number_task_needs_numbers():
-    with pytest.raises(errors.DataError, match="needs answers that are numbers"):
-        tasks.matches(tasks.NUMBER, "Answer: 4", "four")
+def test_a_number_task_needs_numbers(tmp_path):
+    rows = [{"prompt": f"Q {i}:", "answer": answer, "solution": "so"} for i, answer in enumerate(("4", "four"))]
+    task, parrot = write(tmp_path, "gsm8k_test", rows), Parrot({})
+    with pytest.raises(errors.DataError, match="task gsm8k_test: the answer of item gsm8k_test/1 is no number"):
+        tasks.evaluate(task, TOKENIZER, Oracle(lambda context, after: 1.0), parrot)
+    assert parrot.asked == []
+    assert tasks.matches(tasks.NUMBER, "no answer", "four") is False
 
 
 def test_the_whole_way_with_a_model_and_with_a_masked_expert(tmp_path):
@@ -216,13 +232,18 @@ def test_the_whole_way_with_a_model_and_with_a_masked_expert(tmp_path):
     }
     mc = write(tmp_path, "arc_easy", LENGTHS)
     words = write(tmp_path, "lambada", [{"prompt": f"the {word} is the", "answer": word} for word in ("cat", "dog")])
+    models = {
+        len(architecture.experts): (
+            continuations.ModelScorer(architecture, weights, 1, window=32, batch_size=4),
+            quick(decode.Decoder(weights, architecture, 1)),
+        )
+        for architecture, weights in ((dense, alone), (merged, params))
+    }
     found = {}
-    for name, architecture, weights, experts in (
-        ("dense", dense, alone, None), ("masked", merged, params, ("public",)), ("merged", merged, params, None)
-    ):  # fmt: skip
-        scorer = continuations.ModelScorer(architecture, weights, 1, window=32, batch_size=4, experts=experts)
-        greedy = continuations.Greedy(decode.Decoder(weights, architecture, 1), experts)
-        found[name] = [tasks.evaluate(task, TOKENIZER, scorer, greedy) for task in (mc, words)]
+    for name, architecture, experts in (("dense", dense, None), ("masked", merged, ("public",)), ("merged", merged, None)):
+        scorer, decoder = models[len(architecture.experts)]
+        greedy = continuations.Greedy(decoder, experts)
+        found[name] = [tasks.evaluate(task, TOKENIZER, scorer.restricted(experts), greedy) for task in (mc, words)]
     assert [result.too_long for result in found["dense"]] == [1, 0]  # "three:" and 31 bytes
     assert found["dense"][1].measure == tasks.WORD and found["dense"][1].accuracy == 0.0
     for dense_result, masked, merged_result in zip(*found.values(), strict=True):

@@ -13,7 +13,9 @@ from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.inference import decode
 from flexjax.model import router, transformer
+from tests.inference.quick import quick
 from tests.model import noise
+from tests.train import tiny
 
 EOS = 1
 TINY = config_lib.ModelConfig(
@@ -39,7 +41,7 @@ def params_of(name):
 
 @functools.cache
 def decoder(name):
-    return decode.Decoder(params_of(name), MODELS[name], eos_id=EOS)
+    return quick(decode.Decoder(params_of(name), MODELS[name], eos_id=EOS))
 
 
 def with_params(name, params):
@@ -51,7 +53,7 @@ def with_params(name, params):
 
 @functools.cache
 def compiled_step(name):
-    return jax.jit(decoder(name).step)
+    return jax.jit(decoder(name).step, compiler_options=tiny.QUICK)
 
 
 @functools.cache
@@ -59,7 +61,7 @@ def full_forward(name):
     def run(params, tokens, allowed):
         return transformer.logits(params, transformer.forward(params, tokens, MODELS[name], allowed=allowed).hidden)
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=tiny.QUICK)
 
 
 def full_logits(name, ids, experts, params=None):
@@ -174,11 +176,11 @@ def test_it_ends_at_max_new_tokens():
 
 
 def test_bfloat16_decodes_and_padding_of_the_vocabulary_is_never_drawn():
-    model = decode.Decoder(params_of("merged"), MODELS["merged"], eos_id=EOS, vocab_size=4, dtype=jnp.bfloat16)
+    model = quick(decode.Decoder(params_of("merged"), MODELS["merged"], eos_id=EOS, vocab_size=4, dtype=jnp.bfloat16))
     requests = [decode.Request(prompt, temperature=9.0) for prompt in ([5, 9], [7, 7, 7])]
     state = model.start(requests, 6)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.cache)} == {jnp.dtype(jnp.bfloat16)}
-    logits, _ = jax.jit(model.step)(model.weights, state)
+    logits, _ = jax.jit(model.step, compiler_options=tiny.QUICK)(model.weights, state)
     exact = [full_logits("merged", [EOS, *request.prompt], None)[-1] for request in requests]
     assert logits.dtype == jnp.float32 and np.abs(np.asarray(logits) - np.stack(exact)).mean() < 0.5
     for seed in range(4):

@@ -10,6 +10,7 @@ from flexjax.inference import sampling
 P = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 DRAWS = 20_000
 draw = jax.jit(sampling.sample)
+restrict = jax.jit(sampling._restrict)
 
 
 def frequencies(temperature=1.0, top_k=0, top_p=1.0, p=P):
@@ -69,6 +70,30 @@ def test_rows_draw_on_their_own():
     for row in range(4):
         one = jax.tree.map(lambda leaf: leaf[row : row + 1], settings)  # noqa: B023
         assert together[row] == draw(logits[row : row + 1], one, step[row : row + 1])[0]
+
+
+@pytest.mark.parametrize("beside", [{"top_p": 0.5}, {"top_k": 65}, {"top_k": 200, "top_p": 0.9}, {}], ids=str)
+def test_what_a_row_keeps_does_not_depend_on_what_others_need(beside):
+    """Each row's top p is a sum of its own probabilities, which selection and sorting may round apart."""
+    rows, vocab = 32, 700
+    logits = np.random.default_rng(1).normal(size=(rows, vocab)).astype(np.float32)
+    top = np.sort(np.exp(logits), axis=1)[:, ::-1][:, :30]
+    top_p = np.cumsum(top / top.sum(axis=1, keepdims=True), axis=1)[np.arange(rows), np.arange(rows) % 20].astype(np.float32)
+    selected = {"top_k": np.full(rows, 30), "top_p": top_p}
+    sorted_ = {"top_k": np.zeros(rows, int), "top_p": top_p}
+
+    def kept(which, **last):
+        asked = {name: np.append(values, last.get(name, name == "top_p")) for name, values in which.items()}
+        top_k, top_p = jnp.array(asked["top_k"], jnp.int32), jnp.array(asked["top_p"], jnp.float32)
+        settings = sampling.Sampling(jnp.ones(rows + 1), top_k, top_p, jnp.zeros(rows + 1, jnp.int32))
+        return np.isfinite(np.asarray(restrict(np.concatenate([logits, logits[:1]]), settings)))[:rows]
+
+    for which in (selected, sorted_):
+        np.testing.assert_array_equal(kept(which, **beside), kept(which, top_k=3))
+    for row in (0, 7, 31):
+        alone = sampling.Sampling(jnp.ones(1), jnp.full(1, 30), jnp.array(top_p[row : row + 1]), jnp.zeros(1, jnp.int32))
+        found = np.isfinite(np.asarray(restrict(logits[row : row + 1], alone)))[0]
+        np.testing.assert_array_equal(found, kept(selected, **beside)[row])
 
 
 def test_steps_and_seeds_draw_independently():

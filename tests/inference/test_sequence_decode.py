@@ -11,6 +11,7 @@ import pytest
 from flexjax import tree
 from flexjax.inference import decode, sampling, sequence, sequence_decode
 from tests.inference import test_decode as plain
+from tests.inference.quick import quick
 
 HOW = {"mixture": sequence.Settings(), "hard": sequence.Settings("hard", share=0.05, stride=3)}
 THREE = ("public", "alpha", "beta")
@@ -19,7 +20,7 @@ LENGTH = 12
 
 @functools.cache
 def decoder(name, kind="mixture"):
-    return sequence_decode.SequenceDecoder(plain.params_of(name), plain.MODELS[name], plain.EOS, how=HOW[kind])
+    return quick(sequence_decode.SequenceDecoder(plain.params_of(name), plain.MODELS[name], plain.EOS, how=HOW[kind]))
 
 
 def with_params(name, params):
@@ -45,13 +46,13 @@ def oracle(request, ids, how):
     return weights[:, -1], mixed[len(request.prompt) : -1]
 
 
-@pytest.mark.parametrize("kind", HOW)
-def test_draws_and_weights_are_those_of_full_forward_passes(kind):
+@pytest.mark.parametrize(("kind", "experts"), [("mixture", THREE), ("hard", None)])
+def test_draws_and_weights_are_those_of_full_forward_passes(kind, experts):
     requests = [
-        decode.Request([5, 9, 2, 30, 4]),
-        decode.Request([7], temperature=1.0, top_k=7, seed=1),
-        decode.Request([], temperature=2.0, seed=3),
-        decode.Request([11, 12, 13, 14], temperature=0.7, top_k=20, seed=4),
+        decode.Request([5, 9, 2, 30, 4], experts),
+        decode.Request([7], experts, temperature=1.0, top_k=7, seed=1),
+        decode.Request([], experts, temperature=2.0, seed=3),
+        decode.Request([11, 12, 13, 14], experts, temperature=0.7, top_k=20, seed=4),
     ]
     lengths = []
     for request in requests:
@@ -80,7 +81,7 @@ def test_one_candidate_gives_the_tokens_of_the_plain_decoder():
 
 def test_batch_mates_do_not_change_an_answer():
     """Not even where they have more candidates."""
-    experts = [None, ("public",), ("beta", "gamma"), THREE, ("public", "gamma")]
+    experts = [THREE, ("public",), ("beta", "gamma"), None, ("public", "gamma")]
     requests = [
         decode.Request(prompt, experts[i], temperature=[0.0, 1.0, 1.0, 0.7, 1.3][i], top_k=[0, 0, 5, 0, 0][i], seed=i)
         for i, prompt in enumerate(plain.PROMPTS)
@@ -106,13 +107,13 @@ def test_what_is_not_allowed_may_hold_anything(name, bank):
         for (ids, weights), (expected_ids, expected) in zip(broken.follow(request, LENGTH), clean, strict=True):
             assert ids == expected_ids
             np.testing.assert_array_equal(weights, expected)
-    *_, (_, weights) = broken.follow(decode.Request([5, 9]), LENGTH)
+    *_, (_, weights) = broken.follow(decode.Request([5, 9], ("public", "beta", "gamma")), LENGTH)
     assert np.isnan(weights).any(), "allowed, it is seen"
 
 
 def test_bfloat16_decodes():
     params, architecture = plain.params_of("merged"), plain.MODELS["merged"]
-    model = sequence_decode.SequenceDecoder(params, architecture, plain.EOS, vocab_size=4, dtype=jnp.bfloat16)
+    model = quick(sequence_decode.SequenceDecoder(params, architecture, plain.EOS, vocab_size=4, dtype=jnp.bfloat16))
     *_, (ids, weights) = model.follow(decode.Request([2, 3], THREE, temperature=9.0), 6)
     assert all(token < 4 for token in ids) and weights.dtype == np.float32
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from flexjax import config as config_lib
-from flexjax import tree
+from flexjax import errors, tree
 from flexjax.model import kernels, router, transformer
 from flexjax.planning import hlo
 from flexjax.train import flops
@@ -97,6 +97,37 @@ def test_the_sparse_path_computes_what_the_chosen_experts_cost(pattern):
     if _head(sparse) in tree.flatten(trainable):
         expected += 2 * MODEL.d_model * MODEL.vocab_size
     assert compiled_flops(sparse, trainable, frozen, batch_size) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_forward_pass_costs_what_the_named_experts_are():
+    """Masked, a model costs what another one costs that holds just those experts."""
+
+    def cost(*banks, top_k=1):
+        return flops.per_token(transformer.Architecture(MODEL, (PUBLIC, *banks), top_k), {}, tiny.SEQ_LEN).forward
+
+    def masked(architecture, *experts):
+        return flops.forward_per_token(architecture, tiny.SEQ_LEN, experts)
+
+    for architecture in (DENSE, PAIR, ALL, LOW_PAIR, MIXED):
+        assert masked(architecture, "public") == flops.forward_per_token(DENSE, tiny.SEQ_LEN) == cost()
+        whole = flops.per_token(architecture, {}, tiny.SEQ_LEN).forward
+        assert flops.forward_per_token(architecture, tiny.SEQ_LEN) == whole == masked(architecture, *architecture.experts)
+    row, ffn = 2 * MODEL.d_model, 2 * 3 * MODEL.d_model  # FLOPs in a layer of a router row, and of a hidden unit
+    math = config_lib.Bank("math", ("math",), 96)
+    assert masked(ALL, "public", "math") == cost(math, top_k=2) == cost() + 2 * (2 * row + 96 * ffn)
+    assert masked(MIXED, "public", "c") == cost(config_lib.Bank("c", ("c",), 48), top_k=2) == cost() + 2 * (2 * row + 48 * ffn)
+    assert masked(MIXED, "public", "math") == cost(LOW, top_k=2) == cost() + 2 * (2 * row + 2 * 3 * 12 * (MODEL.d_model + 96))
+    alone = masked(LOW_PAIR, "math")  # what it takes of `public` is computed all the same
+    assert alone == masked(LOW_PAIR, "public", "math") - 2 * 2 * row
+    sparse = dataclasses.replace(ALL, top_k=2)  # as many are chosen as may be, two at most
+    assert masked(sparse, "public", "math") == masked(ALL, "public", "math") < masked(ALL, "public", "math", "code")
+    assert masked(sparse, "math") == masked(DENSE, "public")
+
+
+@pytest.mark.parametrize(("named", "says"), [(("public", "law"), "unknown expert 'law'"), ((), "no expert")])
+def test_unknown_experts_have_no_price(named, says):
+    with pytest.raises(errors.PolicyError, match=says):
+        flops.forward_per_token(ALL, tiny.SEQ_LEN, named)
 
 
 def test_the_backward_pass_of_an_expert_costs_less_than_that_of_the_whole_model():
