@@ -23,6 +23,7 @@ from benchmarks.reporting import rows
 from benchmarks.suite import catalogue, methods, models, scoring, suites, sweep, tasks, training, tuning
 from flexjax import command, errors, memory, presets, tree, workdir
 from flexjax import config as config_lib
+from flexjax.train import flops
 
 SUITE = flags.DEFINE_string("suite", "table1", f"One of {', '.join(suites.SUITES)}.")
 SIZE = flags.DEFINE_string("size", "cpu", f"One of {', '.join(suites.SIZES)}.")
@@ -109,8 +110,8 @@ def run_seed(
             bench.say(f"seed {bench.seed}: {name}: finished, skipped")
             continue
         head = _head(bench, name, entry) | {"inputs": rates.inputs}
+        lab.anchor  # noqa: B018  if it does not pass the gate, that stops the suite, not a method
         try:
-            lab.anchor  # noqa: B018  its gate stops the suite, not a method
             outcome = entry.method(lab)
             if asked:
                 outcome.extra["tasks"] = tasks.scores(lab, name, outcome, sorted({*asked, *(answered or ())}))
@@ -120,8 +121,6 @@ def run_seed(
         except (errors.Preempted, errors.StorageError):
             raise
         except Exception as error:  # whatever it is, the table must show it
-            if isinstance(error, errors.NumericError) and "anchor" not in bench.ledger:
-                raise
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             for secret, instead in ((os.fspath(bench.home), "WORKDIR"), (bench.data_root or "\0", "DATA_ROOT")):
                 said = said.replace(secret, instead)
@@ -180,7 +179,7 @@ def _result(lab: models.Models, outcome: methods.Outcome) -> dict[str, Any]:
     """The part of a row that the method decides."""
     bench = lab.bench
     runs = {run: bench.ledger[run] for run in outcome.runs}
-    dense = training.forward_flops(lab.public.architecture, bench.size.seq_len)
+    dense = flops.forward_per_token(lab.public.architecture, bench.size.seq_len)
     texts: dict[str, dict[str, Any]] = {}
     shares = {}
     for text, scores in outcome.scores.items():

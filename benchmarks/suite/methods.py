@@ -17,6 +17,7 @@ from flexjax import config as config_lib
 from flexjax.eval import mixtures
 from flexjax.governance import calibration, layerwise
 from flexjax.inference import sequence
+from flexjax.train import flops
 
 PUBLIC = config_lib.PUBLIC
 Nats = dict[str, np.ndarray]  # by text
@@ -68,7 +69,7 @@ class Outcome:
 
 def single(lab: models.Models, model: training.Trained, label: str, **extra: Any) -> Outcome:
     """One model, all its experts switched on."""
-    cost = training.forward_flops(model.architecture, lab.bench.size.seq_len)
+    cost = flops.forward_per_token(model.architecture, lab.bench.size.seq_len)
     experts = model.architecture.experts if model.architecture.routed else ()
     found = scoring.score(lab.bench, model, lab.prefix + label, lab.groups)
     return Outcome(found, model.runs, cost, experts=experts, parts=(Part(model),), extra=extra)
@@ -150,7 +151,7 @@ def soup_weighted(lab: models.Models) -> Outcome:
     }
     trials = [{"setting": f"temperature {t:g}", "tune": round(macro(scores, "tune"), 4)} for t, scores in found.items()]
     chosen = min(found, key=lambda t: macro(found[t], "tune"))
-    cost = training.forward_flops(lab.public.architecture, lab.bench.size.seq_len) * (
+    cost = flops.forward_per_token(lab.public.architecture, lab.bench.size.seq_len) * (
         1 + len(parts) / 4
     )  # the opening of a window is read by all
     return Outcome(found[chosen], _runs(parts), cost, trials=trials, chosen={"setting": f"temperature {chosen:g}"})
@@ -173,7 +174,7 @@ def branch_train_merge(
     def way(temperature: float) -> Combine:
         return lambda nats, starts: mixtures.branch_train_merge(nats, starts, temperature, k)
 
-    cost = training.forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
+    cost = flops.forward_per_token(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
     return mixture(lab, parts, scores, {f"temperature {t:g}": way(t) for t in BTM_TEMPERATURES}, cost)
 
 
@@ -195,7 +196,7 @@ def btm_by_opening(top_k: int) -> Method:
         opening = OPENING / lab.bench.size.seq_len
         passes = len(parts) * opening + top_k * (1 - opening)
         return mixture(
-            lab, parts, scores, ways, passes * training.forward_flops(lab.public.architecture, lab.bench.size.seq_len)
+            lab, parts, scores, ways, passes * flops.forward_per_token(lab.public.architecture, lab.bench.size.seq_len)
         )
 
     return method
@@ -204,7 +205,7 @@ def btm_by_opening(top_k: int) -> Method:
 def btm_shared(lab: models.Models) -> Outcome:
     """BTM with the weights of routing by sequence, which can change their mind."""
     parts, scores = dense_scores(lab)
-    cost = training.forward_flops(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
+    cost = flops.forward_per_token(lab.public.architecture, lab.bench.size.seq_len) * len(parts)
     return mixture(lab, parts, scores, _sequence_ways("mixture"), cost)
 
 
@@ -296,7 +297,7 @@ def by_sequence(lab: models.Models, model: training.Trained, label: str, kind: s
     scores = [
         scoring.score(lab.bench, model, f"{lab.prefix}{label}@{sequence.label(mask)}", lab.groups, mask) for mask in masks
     ]
-    cost = sum(training.forward_flops(model.architecture, lab.bench.size.seq_len, mask) for mask in masks)
+    cost = sum(flops.forward_per_token(model.architecture, lab.bench.size.seq_len, mask) for mask in masks)
     return mixture(lab, [Part(model, mask) for mask in masks], scores, _sequence_ways(kind), cost)
 
 

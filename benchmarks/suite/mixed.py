@@ -6,6 +6,7 @@
 """
 
 import ast
+import functools
 import pathlib
 import sysconfig
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ LEAST_DOCSTRING = 100  # characters
 SEED = 7
 
 
+@functools.cache
 def prepare(bench: training.Bench) -> dict[str, tokens.TokenSource]:
     """Both kinds of mixed text, written below the suite's corpus; known by what they hold."""
     limit = bench.size.kilobytes["mixed"]
@@ -69,7 +71,7 @@ def _real(bench: training.Bench) -> Iterator[str]:
             for item in items.read(folder, name).items:
                 yield item.text + item.continuations[0]
         return
-    kept = bench.home / "installed"  # only modules that are in nobody's training text
+    kept = bench.home / "corpus" / "installed"  # only modules that are in nobody's training text
     builtin.build(kept)
     held_out = {document["source"] for document in corpora.read(kept / "code" / "validation.jsonl.gz")}
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])

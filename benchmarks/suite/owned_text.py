@@ -16,6 +16,7 @@ from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.data import proxies
 from flexjax.inference import decode
+from flexjax.train import flops
 
 KINDS = ("proxy", "sampled", "donated")
 SAMPLED_ROWS = 32  # generated at once
@@ -66,7 +67,7 @@ def _sampled(bench: training.Bench, model: training.Trained, name: str, prefix: 
             texts += [tokenizer.decode(np.asarray(ids)) for ids in found]
             written += sum(map(len, found))
         corpora.write(directory / FILE, [{"text": text} for text in texts if text.strip()])
-        cost = training.forward_flops(model.architecture, length, (config_lib.PUBLIC, name))
+        cost = flops.forward_per_token(model.architecture, length, (config_lib.PUBLIC, name))
         return {"run": training.entry(written, cost * written, 0, "")}
 
     directory = bench.stages.run(f"{prefix}sampled-{name}", inputs, make)

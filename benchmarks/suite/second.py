@@ -12,6 +12,7 @@ from flexjax import config as config_lib
 from flexjax.data import proxies
 from flexjax.eval import mixtures
 from flexjax.experts import surgery
+from flexjax.train import flops
 
 PUBLIC = config_lib.PUBLIC
 Table = dict[str, tuple[str, methods.Method]]
@@ -170,7 +171,7 @@ def prompt_routing(lab: models.Models) -> methods.Outcome:
             choices = classifier.scores(openings).argmax(axis=1)
             every = np.stack([scores[text].nats for scores in every_score])
             nats[text] = mixtures.prompt_routed(every, every_score[0][text].documents, choices, opening)
-    cost = training.forward_flops(lab.public.architecture, bench.size.seq_len) * (1 + opening / bench.size.seq_len)
+    cost = flops.forward_per_token(lab.public.architecture, bench.size.seq_len) * (1 + opening / bench.size.seq_len)
     runs = tuple(run for part in parts for run in part.model.runs)
     return methods.Outcome(every_score[0], runs, cost, nats)
 

@@ -1,7 +1,7 @@
 """Everything that a suite trains, with the product's own loop; each run is a stage with an entry in the ledger of FLOPs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,7 +87,9 @@ class Bench:
         )
         config.expert.row_documents = self.size.row_documents
         config.anchor.statistics_tokens = self.size.statistics_tokens
-        config.evaluation = config_lib.EvaluationConfig(domains=(suites.PUBLIC,), max_kilobytes=16)
+        config.evaluation = config_lib.EvaluationConfig(
+            domains=(suites.PUBLIC,), max_kilobytes=min(16, self.size.kilobytes["tune"])
+        )
         return config
 
     def settings(self, train: config_lib.TrainConfig, steps: int, **changes: Any) -> config_lib.TrainConfig:
@@ -249,15 +251,6 @@ class Bench:
         """What decides a run: its settings but for operations, the corpus, the mixture."""
         weights = {name: [share, self.text(file).digest] for name, (share, file) in mixture.items()}
         return {"settings": decisive(config), "corpus": self.corpus, "weights": weights}
-
-
-def forward_flops(architecture: transformer.Architecture, seq_len: int, mask: Sequence[str] | None = None) -> float:
-    """FLOPs of one token's forward pass, with all experts or those of a mask (full ones) switched on."""
-    if mask is not None:
-        bank = config_lib.Bank("active", tuple(mask), architecture.config.d_ff, biased=False)
-        banks = transformer.dense_banks(architecture.config) if tuple(mask) == (suites.PUBLIC,) else (bank,)
-        architecture = transformer.Architecture(architecture.config, banks, len(mask))
-    return flops.per_token(architecture, {}, seq_len).forward
 
 
 def decisive(config: config_lib.Config) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Rates:
 
     def __post_init__(self) -> None:
         saved = workdir.read_json(self.file)
-        if saved is not None and saved["inputs"] == self.inputs:
+        if saved is not None and saved.get("inputs") == self.inputs:
             self.chosen, self.trials = saved["chosen"], saved["trials"]
 
     def __call__(self, kind: str) -> float:
