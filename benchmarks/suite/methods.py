@@ -143,18 +143,16 @@ def soup(lab: models.Models) -> Outcome:
 def soup_weighted(lab: models.Models) -> Outcome:
     parts = _dense_models(lab)
     key = joined_key("weighted soup", parts)
+    label = f"{lab.prefix}soup-weighted"
     found = {
-        temperature: scoring.soup_per_input(
-            lab.bench, list(parts.values()), key, temperature, f"{lab.prefix}soup-weighted", lab.groups
-        )
-        for temperature in SOUP_TEMPERATURES
+        f"temperature {t:g}": scoring.soup_per_input(lab.bench, list(parts.values()), key, t, label, lab.groups)
+        for t in SOUP_TEMPERATURES
     }
-    trials = [{"setting": f"temperature {t:g}", "tune": round(macro(scores, "tune"), 4)} for t, scores in found.items()]
-    chosen = min(found, key=lambda t: macro(found[t], "tune"))
-    cost = flops.forward_per_token(lab.public.architecture, lab.bench.size.seq_len) * (
-        1 + len(parts) / 4
-    )  # the opening of a window is read by all
-    return Outcome(found[chosen], _runs(parts), cost, trials=trials, chosen={"setting": f"temperature {chosen:g}"})
+    reached = {setting: round(macro(scores, "tune"), 4) for setting, scores in found.items()}
+    scores, trials, chosen = _chosen(found, reached)
+    passes = 1 + len(parts) / 4  # the opening of a window is read by all
+    cost = passes * flops.forward_per_token(lab.public.architecture, lab.bench.size.seq_len)
+    return Outcome(scores, _runs(parts), cost, trials=trials, chosen=chosen)
 
 
 def dense_scores(lab: models.Models) -> tuple[list[Part], list[scoring.Scores]]:

@@ -75,29 +75,28 @@ class Size:
     prefixes: int = 200
 
 
+_UNSEEN: dict[str, tuple[str, ...]] = {
+    PUBLIC: ("debian:dict-jargon", "debian:anarchism"),
+    "code": ("debian:libruby3.1", "pypi:networkx"),
+    "educational": ("github:philschatz/psychology",),
+    "math": ("github:jirilebl/ra",),
+}
+
 SUITES = {
     "table1": Suite(
         "table1",
         "flexmix-mini",
         ("code", "educational", "math"),
         beside={"academic": 4.1, "creative": 5.0, "news": 5.0, "reddit": 3.0},
-        unseen={
-            PUBLIC: ("debian:dict-jargon", "debian:anarchism"),
-            "code": ("debian:libruby3.1", "pypi:networkx"),
-            "educational": ("github:philschatz/psychology",),
-            "math": ("github:jirilebl/ra",),
-        },
+        unseen=_UNSEEN,
         gate={"cpu": 1.95, "gpu": 1.60},
     ),
     "table2": Suite(
         "table2",
         "flexmix-mini",
         ("academic", "code", "creative", "educational", "math", "news", "reddit"),
-        unseen={
-            PUBLIC: ("debian:dict-jargon", "debian:anarchism"),
-            "code": ("debian:libruby3.1", "pypi:networkx"),
-            "educational": ("github:philschatz/psychology",),
-            "math": ("github:jirilebl/ra",),
+        unseen=_UNSEEN
+        | {
             "creative": ("github:standardebooks/mark-twain", "github:standardebooks/jane-austen"),
             "news": ("github:fordred/wikinews",),
         },

@@ -73,6 +73,7 @@ class Bench:
         self.ledger: dict[str, dict[str, Any]] = {}
         self.options = loop.Options(sharding.one_device())
         self._corpora: sources.Corpora | None = None
+        self._texts: dict[epath.Path, tokens.TokenSource] = {}
 
     def config(self, phase: str) -> config_lib.Config:
         """The settings that all runs of the suite share; the caller sets `train`."""
@@ -114,10 +115,12 @@ class Bench:
         return self._corpora
 
     def text(self, file: str | epath.Path) -> tokens.TokenSource:
-        """A file of the corpus ("math/report"), or one that a stage wrote, as tokens."""
+        """A file of the corpus ("math/report"), or one that a stage wrote, as tokens; read and hashed once."""
         path = self.home / "corpus" / f"{file}.jsonl.gz" if isinstance(file, str) else file
-        data = self.config("public").data
-        return tokens.tokenize([path], self.sources.tokenizer, data, self.size.model.vocab_size, self.home / "cache" / "tokens")
+        if path not in self._texts:
+            data, cache = self.config("public").data, self.home / "cache" / "tokens"
+            self._texts[path] = tokens.tokenize([path], self.sources.tokenizer, data, self.size.model.vocab_size, cache)
+        return self._texts[path]
 
     def pipeline(self, mixture: Mapping[str, Portion], settings: config_lib.TrainConfig, seed: int) -> pipeline.Pipeline:
         """The shuffled mixture of texts: share and file by name."""
