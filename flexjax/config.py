@@ -30,6 +30,11 @@ def identity(default: Any, least: int | None = None) -> Any:
     return _field(default, "identity", least)
 
 
+def option(default: float) -> Any:
+    """An identity field that is written down only where it is not at its default: what is older than it stays what it is."""
+    return dataclasses.field(default=default, metadata={"resume": "identity", "least": None, "unwritten": True})
+
+
 def schedule(default: Any, least: int | None = None) -> Any:
     """A field whose change alters the rest of the run, not its past."""
     return _field(default, "schedule", least)
@@ -82,6 +87,7 @@ class ModelConfig:
     rope_theta: float = identity(500_000.0)
     norm_eps: float = identity(1e-6)
     init_std: float = identity(0.02)
+    router_memory: float = option(0.0)  # routers read a running mean of a document's states, which forgets at this rate
 
 
 @dataclasses.dataclass
@@ -283,13 +289,13 @@ def classes(kind: Any = Config, prefix: str = "") -> dict[str, str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as a flat {path: value}; tuples become lists, as in JSON."""
+    """A config as a flat {path: value}; tuples become lists, as in JSON, and options that are off are left out."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             found.update({f"{field.name}.{path}": leaf for path, leaf in to_dict(value).items()})
-        else:
+        elif not field.metadata.get("unwritten") or value != field.default:
             found[field.name] = list(value) if isinstance(value, tuple) else value
     return found
 

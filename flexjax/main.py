@@ -110,7 +110,8 @@ def _public(config: config_lib.Config, directory: epath.Path, options: loop.Opti
     stages.claim(config, directory, options)
     if config.anchor.path:  # trained elsewhere: only what owners need is added
         given = store.open_anchor(config.anchor.path)
-        config.model = store.config_of(given)
+        shapes, memory = store.config_of(given), config.model.router_memory
+        config.model = dataclasses.replace(shapes, router_memory=memory or shapes.router_memory)
         corpora = sources.Corpora(config, directory, store.tokenizer_path(given), distributed.say)
         anchor = stages.prepare_stage(config, given, corpora, directory / "anchor", options.mesh)
         return Outcome([comparison.of_anchor(anchor)], corpora, {})

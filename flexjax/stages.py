@@ -93,7 +93,10 @@ def public_stage(
 def prepare_stage(
     config: config_lib.Config, given: store.Artefact, corpora: sources.Corpora, home: epath.Path, mesh: Mesh
 ) -> store.Artefact:
-    """Gives an anchor from elsewhere (an imported OLMo-2) the public row and statistics that owners need; writes `home`."""
+    """Gives an anchor from elsewhere (an imported OLMo-2) the public row and statistics that owners need; writes `home`.
+
+    The config's model has the shapes of the anchor; what its routers read may be new.
+    """
     domains.check_method(config.anchor.rows)
     if _finished(home):
         found = store.open_anchor(home)
@@ -101,6 +104,7 @@ def prepare_stage(
         distributed.say(f"anchor: finished, skipped; digest {found.manifest['digest'][:12]}")
         return found
     architecture, params = models.load_anchor(given, mesh)
+    architecture = dataclasses.replace(architecture, config=config.model)
     statistics, row = rows_lib.public_rows(config, architecture, params, corpora.source(config_lib.PUBLIC), mesh)
     shared, experts = surgery.split(params, architecture.banks)
     public = {**experts[config_lib.PUBLIC], "router": {"row": row}}

@@ -42,9 +42,17 @@ def test_every_field_is_read():
 def test_every_field_has_a_class():
     found = config_lib.classes()
     assert set(found.values()) == CLASSES
-    assert set(found) == set(config_lib.to_dict(config_lib.Config()))
+    assert set(found) == set(config_lib.to_dict(config_lib.Config(model=config_lib.ModelConfig(router_memory=0.9))))
     for path in found:
         config_lib.check_field(path)
+
+
+def test_an_option_that_is_off_is_as_if_it_did_not_exist():
+    """So what was made before there was one stays what it is; switched on, it makes another run."""
+    old, new = config_lib.Config(), config_lib.Config(model=config_lib.ModelConfig(router_memory=0.98))
+    assert "model.router_memory" not in config_lib.to_dict(old)
+    with pytest.raises(errors.ConfigError, match=r"model.router_memory: \(absent\) -> 0.98"):
+        config_lib.check_same_run(config_lib.to_dict(old), config_lib.to_dict(new), allow_schedule_change=True)
 
 
 def test_groups_have_no_defaults_of_their_own():

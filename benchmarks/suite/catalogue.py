@@ -24,6 +24,7 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
         "flex": ("FlexOlmo, our recipe, no tuning", methods.flex),
         "flex-sequence": ("FlexOlmo, routed by sequence (mixture)", methods.flex_by_sequence("mixture")),
         "flex-sequence-hard": ("FlexOlmo, routed by sequence (hard)", methods.flex_by_sequence("hard")),
+        "flex-memory": ("FlexOlmo, routers with a memory, no tuning", methods.flex_memory),
         "joint-1x": ("Joint MoE, 1x FLOPs", methods.joint(1.0)),
         "joint-2x": ("Joint MoE, 2x FLOPs", methods.joint(2.0)),
         "joint-frozen-1x": ("Joint MoE, shared weights frozen, 1x FLOPs", methods.joint_frozen(1.0)),
@@ -45,6 +46,14 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
         "flex-tuned-sampled": ("FlexOlmo, router tuned on text that experts wrote", methods.flex_tuned("sampled")),
         "flex-tuned-proxy": ("FlexOlmo, router tuned on public look-alikes", methods.flex_tuned("proxy")),
         "flex-tuned-donated": ("FlexOlmo, router tuned on 1 % donated text", methods.flex_tuned("donated")),
+        "flex-memory-tuned-sampled": (
+            "FlexOlmo, routers with a memory, tuned on text that experts wrote",
+            methods.flex_memory_tuned("sampled"),
+        ),
+        "flex-memory-tuned-proxy": (
+            "FlexOlmo, routers with a memory, tuned on public look-alikes",
+            methods.flex_memory_tuned("proxy"),
+        ),
         "flex-tuned-sampled-sequence": (
             "FlexOlmo, tuned on text that experts wrote, routed by sequence",
             methods.flex_by_sequence("mixture", "sampled"),

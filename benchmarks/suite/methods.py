@@ -262,6 +262,15 @@ def flex_tuned(kind: str) -> Method:
     return lambda lab: single(lab, lab.tuned(lab.flex, kind), f"flex-tuned-{kind}")
 
 
+def flex_memory(lab: models.Models) -> Outcome:
+    """Routers that read a running mean of a document's states (`model.router_memory`)."""
+    return single(lab, lab.flex_memory, "flex-memory")
+
+
+def flex_memory_tuned(kind: str) -> Method:
+    return lambda lab: single(lab, lab.tuned(lab.flex_memory, kind, "memory-"), f"flex-memory-tuned-{kind}")
+
+
 def flex_without(name: str) -> Method:
     """The opt-out of one owner: the model as if it had never been merged."""
 

@@ -20,6 +20,7 @@ Experts = dict[str, tree.Tree]
 
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 UNBIASED = presets.joint_training("mini").trainable
+MEMORY = 0.98  # a token: about 50 of them
 OWNERS = f"experts/{baselines.OWNERS}/.*"
 
 
@@ -90,7 +91,7 @@ class Models:
 
     def with_rows(self, method: str) -> store.Artefact:
         """The same anchor, with another method of domain rows."""
-        return self.bench.anchor_with_rows(self.anchor, method)
+        return self.bench.prepared(self.anchor, method, {"anchor.rows": method})
 
     @functools.cached_property
     def public(self) -> training.Trained:
@@ -144,6 +145,12 @@ class Models:
     def flex(self) -> training.Trained:
         """The merged model of our recipe, all experts active."""
         return self.merge(self.experts(), runs=self.runs())
+
+    @functools.cached_property
+    def flex_memory(self) -> training.Trained:
+        """The same with routers that remember: rows fitted to running means, experts trained beside them."""
+        anchor = self.bench.prepared(self.anchor, "memory", {"model.router_memory": MEMORY})
+        return self.merge(self.experts("memory", anchor), runs=self.runs("memory"), anchor=anchor)
 
     @functools.cached_property
     def expert_flops(self) -> float:
@@ -239,15 +246,17 @@ class Models:
         router["bias"] = np.full_like(router["bias"], stages.INITIAL_BIAS)
         return training.Trained(architecture, params, tree.sha256(f"{self.public.key} upcycled as experts start".encode()))
 
-    def tuned(self, start: training.Trained, kind: str) -> training.Trained:
+    def tuned(self, start: training.Trained, kind: str, label: str = "") -> training.Trained:
         """Rows and biases trained further, all else frozen, on public text and text in place of the owners' own.
 
         Args:
           start: the merged model.
           kind: "proxy" (public documents that look like the owner's), "sampled" (from the experts) or "donated" (1 %).
+          label: before the names of its runs, for another model than that of our recipe.
         """
-        run = f"{self.prefix}tuned-{kind}"
-        text, runs = owned_text.prepare(self.bench, self.names, start, kind, self.prefix)
+        prefix = f"{self.prefix}{label}"
+        run = f"{prefix}tuned-{kind}"
+        text, runs = owned_text.prepare(self.bench, self.names, start, kind, prefix)
         share = 1 / (len(self.names) + 1)
         mixture: dict[str, training.Portion] = {PUBLIC: (share, f"{PUBLIC}/train")}
         mixture |= {name: (share, path) for name, path in text.items()}

@@ -143,17 +143,17 @@ class Bench:
         self.enter("anchor", directory)
         return store.open_anchor(directory / "anchor")
 
-    def anchor_with_rows(self, given: store.Artefact, method: str) -> store.Artefact:
-        """An anchor with the domain rows of another method; its weights are the same."""
+    def prepared(self, given: store.Artefact, label: str, changes: Mapping[str, Any]) -> store.Artefact:
+        """An anchor of the same weights for other routers: other settings ("anchor.rows", "model.router_memory") by path."""
         config = self.config("public")
-        config.anchor.rows = method
+        change(config, changes)
 
         def make(directory: epath.Path) -> dict[str, Any]:
             found = product.prepare_stage(config, given, self.sources, directory / "anchor", self.options.mesh)
             return {"digest": found.manifest["digest"]}
 
         inputs = self._inputs(config, {}) | {"anchor": given.manifest["digest"]}
-        return store.open_anchor(self.stages.run(f"anchor-{method}", inputs, make) / "anchor")
+        return store.open_anchor(self.stages.run(f"anchor-{label}", inputs, make) / "anchor")
 
     def row(self, name: str, anchor: store.Artefact) -> np.ndarray:
         """An owner's domain row [L, D], by the method of the anchor."""
@@ -218,10 +218,9 @@ class Bench:
         """
         config = self.config("expert")
         config.expert.name, config.anchor.path, config.anchor.rows = name, str(anchor.directory), anchor.manifest["rows"]
+        config.model = store.config_of(anchor)
         config.train = self.settings(presets.expert_training("mini"), steps, learning_rate=learning_rate)
-        for path, value in changes.items():
-            group, field = path.split(".")
-            setattr(getattr(config, group), field, value)
+        change(config, changes)
         config_lib.resolve(config)
         own = config.data != self.config("expert").data  # other text than the suite's
         corpora = sources.Corpora(config, self.home, store.tokenizer_path(anchor), self.say) if own else self.sources
@@ -254,6 +253,13 @@ class Bench:
         """What decides a run: its settings but for operations, the corpus, the mixture."""
         weights = {name: [share, self.text(file).digest] for name, (share, file) in mixture.items()}
         return {"settings": decisive(config), "corpus": self.corpus, "weights": weights}
+
+
+def change(config: config_lib.Config, changes: Mapping[str, Any]) -> None:
+    """Sets fields by path ("expert.public_fraction")."""
+    for path, value in changes.items():
+        group, field = path.split(".")
+        setattr(getattr(config, group), field, value)
 
 
 def decisive(config: config_lib.Config) -> dict[str, Any]:

@@ -200,19 +200,22 @@ def lineage(anchor: Manifest) -> dict[str, str]:
     }
 
 
+MODEL_LIMITS = {"router_memory": 1}
+
+
 def model_config(anchor: Manifest, where: epath.PathLike) -> config_lib.ModelConfig:
     """The shapes an anchor's manifest states; unknown, missing or mistyped fields are refused."""
     fields: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(config_lib.ModelConfig)}
-    stated = anchor["model"]
-    if not isinstance(stated, dict) or set(stated) != set(fields):
-        raise errors.IntegrityError(f"{where}: the manifest's model must have exactly the fields {', '.join(sorted(fields))}")
-    for name, kind in fields.items():
-        value = stated[name]
+    stated, needed = anchor["model"], config_lib.to_dict(config_lib.ModelConfig())
+    if not isinstance(stated, dict) or not set(needed) <= set(stated) <= set(fields):
+        raise errors.IntegrityError(f"{where}: the manifest's model must have exactly the fields {', '.join(sorted(needed))}")
+    for name, value in stated.items():
+        kind = fields[name]
         whole = type(value) is int
         plausible = {
             bool: type(value) is bool,
             int: whole and 0 < value <= 2**24,
-            float: (whole or type(value) is float) and 0 <= value <= 1e12,
+            float: (whole or type(value) is float) and 0 <= value < MODEL_LIMITS.get(name, 1e12),
         }
         if not plausible[kind]:
             raise errors.IntegrityError(f"{where}: model.{name} is {str(value)[:20]}, expected a plausible {kind.__name__}")

@@ -1,6 +1,5 @@
 """Anchors and bundles, written: tensors first, the manifest last of all."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +41,7 @@ def write_anchor(
     tensors(writer)
     manifest = {
         "kind": "anchor",
-        "model": dataclasses.asdict(config),
+        "model": config_lib.to_dict(config),
         "tokenizer": tokenizer,
         "rows": rows,
         "tensors": writer.entries,

@@ -18,7 +18,7 @@ from flexjax import config as config_lib
 from flexjax import errors, tree
 from flexjax.data import tokens as tokens_lib
 from flexjax.experts import models, store
-from flexjax.model import attention, transformer
+from flexjax.model import attention, router, transformer
 
 TOKENS = 16_384  # of a sample
 LEAST_TOKENS = 256
@@ -117,7 +117,7 @@ def descend(
             for bank in architecture.banks
         }
         for part in parts:
-            states[part] = mix(states[part], {"norms": shared["norms"]}, experts)
+            states[part] = mix(states[part], {"norms": shared["norms"]}, experts, segments[part])
 
 
 @functools.lru_cache(maxsize=4)
@@ -141,16 +141,24 @@ def _embed(anchor: store.Artefact, tokens: Int[np.ndarray, "N T"], width: int) -
 def _attend(
     h: jax.Array, layer: tree.Tree, rows: jax.Array, segments: jax.Array, *, config: config_lib.ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """The states that the router reads, and its logits without biases."""
+    """The residual states behind attention, and the router's logits without biases."""
     positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     rotary = attention.rotary(positions, config.head_dim, config.rope_theta)
     mask = attention.causal_mask(segments.shape[1], segments)
-    state, _ = transformer.attention_block(h, layer, config, rotary, mask)
-    return state, jnp.einsum("BTD,ED->BTE", state, rows)
+    state, _ = attention.block(h, layer, config, rotary, mask)
+    return state, jnp.einsum("BTD,ED->BTE", _read(state, segments, config), rows)
 
 
-def _mix(h: jax.Array, layer: tree.Tree, experts: tree.Tree, *, architecture: transformer.Architecture) -> jax.Array:
-    return transformer.expert_block(h, layer, experts, architecture, None)[0]
+def _mix(
+    h: jax.Array, layer: tree.Tree, experts: tree.Tree, segments: jax.Array, *, architecture: transformer.Architecture
+) -> jax.Array:
+    read = _read(h, segments, architecture.config)
+    return transformer.expert_block(h, layer, experts, architecture, None, read=read)[0]
+
+
+def _read(state: jax.Array, segments: jax.Array, config: config_lib.ModelConfig) -> jax.Array:
+    """What the router reads."""
+    return router.remember(state, router.place_in_document(segments), config.router_memory)
 
 
 def _bank(

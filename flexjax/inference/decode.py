@@ -43,13 +43,22 @@ class Request:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
+class Past:
+    """What a layer keeps of all slots before the last filled one: keys and values, and what its router last read."""
+
+    attention: attention.KeyValues
+    read: Float[Array, "B 1 D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class State:
     """A batch under way: tokens [B, S], of which `filled` slots are known; `start` is each row's first slot."""
 
     tokens: Int[Array, "B S"]
     filled: Int[Array, ""]
     done: Bool[Array, " B"]
-    cache: list[transformer.KeyValues]  # per layer, of all slots before the last filled one
+    cache: list[Past]  # per layer
     start: Int[Array, " B"]
     allowed: Bool[Array, "B E"]
     settings: sampling.Sampling
@@ -177,7 +186,7 @@ class Decoder:
 
     def fill(
         self, weights: Weights, tokens: Array, start: Array, allowed: Array, filled: int
-    ) -> tuple[Float[Array, "B T D"], list[transformer.KeyValues]]:
+    ) -> tuple[Float[Array, "B T D"], list[Past]]:
         """Runs all filled slots but the last, T, through the model: the stream behind the last layer, and the cache."""
         S = tokens.shape[1]
         config, T = self.architecture.config, filled - 1
@@ -189,27 +198,31 @@ class Decoder:
         h = weights["embed"]["embedding"][tokens[:, :T]]
         cache = []
         for layer, experts in zip(weights["layers"], weights["experts"], strict=True):
-            h, new = transformer.attention_block(h, layer, config, rotary, mask)
-            h, _ = transformer.expert_block(h, layer, _stack(experts), self.architecture, allowed)
-            cache.append(jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, S - T), (0, 0), (0, 0))), new))
+            h, new = attention.block(h, layer, config, rotary, mask)
+            read = router.remember(h, positions, config.router_memory)
+            h, _ = transformer.expert_block(h, layer, _stack(experts), self.architecture, allowed, read=read)
+            new = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, S - T), (0, 0), (0, 0))), new)
+            cache.append(Past(new, read[:, -1:]))
         return h, cache
 
-    def step(self, weights: Weights, state: State) -> tuple[Float[Array, "B V"], list[transformer.KeyValues]]:
+    def step(self, weights: Weights, state: State) -> tuple[Float[Array, "B V"], list[Past]]:
         """Runs the last filled slot through the model: next-token logits, and the cache with that slot's entries."""
         config, slot = self.architecture.config, state.filled - 1
         slots = jnp.arange(state.tokens.shape[1])[None]
         mask = ((slots <= slot) & (slots >= state.start[:, None]))[:, None, None]
-        rotary = attention.rotary((slot - state.start)[:, None], config.head_dim, config.rope_theta)
+        place = (slot - state.start)[:, None]
+        rotary = attention.rotary(place, config.head_dim, config.rope_theta)
         h = weights["embed"]["embedding"][jax.lax.dynamic_slice_in_dim(state.tokens, slot, 1, axis=1)]
         cache = []
         for layer, experts, past in zip(weights["layers"], weights["experts"], state.cache, strict=True):
-            h, new = transformer.attention_block(h, layer, config, rotary, mask, (past, slot))
-            h, _ = transformer.expert_block(h, layer, experts, self.architecture, state.allowed, skip_idle=True)
-            cache.append(new)
+            h, new = attention.block(h, layer, config, rotary, mask, (past.attention, slot))
+            read = router.remember_one(h, past.read, place, config.router_memory)
+            h, _ = transformer.expert_block(h, layer, experts, self.architecture, state.allowed, skip_idle=True, read=read)
+            cache.append(Past(new, read))
         hidden = attention.rms_norm(h[:, 0], weights["head"]["norm"], config.norm_eps)
         return transformer.logits(weights, hidden), cache
 
-    def extend[S: State](self, state: S, logits: Float[Array, "B V"], cache: list[transformer.KeyValues]) -> S:
+    def extend[S: State](self, state: S, logits: Float[Array, "B V"], cache: list[Past]) -> S:
         """The batch with one more slot, drawn by these logits; what follows an EOS stays EOS."""
         logits = jnp.where(jnp.arange(logits.shape[1])[None] < self.vocab_size, logits, -jnp.inf)
         drawn = sampling.sample(logits, state.settings, state.filled - state.start)

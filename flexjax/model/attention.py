@@ -1,8 +1,15 @@
 """Causal self-attention of OLMo-2: full-width qk-norm, rotary positions, grouped keys and values."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
+
+from flexjax import config as config_lib
+from flexjax import sharding, tree
+from flexjax.model import kernels
 
 NEGATIVE = -1e30
 QUERY_BLOCK = 512
@@ -77,3 +84,45 @@ def attend(
     `mask` is causal where there are as many keys as queries.
     """
     return jax.lax.platform_dependent(q, k, v, mask, cpu=_by_einsum, tpu=_by_query_blocks, default=_by_library)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class KeyValues:
+    """Cached keys and values of one layer, [B, S, K, H] each."""
+
+    k: Array
+    v: Array
+
+
+def block(
+    h: Float[Array, "B T D"],
+    layer: tree.Tree,
+    config: config_lib.ModelConfig,
+    rotary: tuple[Array, Array],
+    mask: Bool[Array, "#B 1 T S"],
+    cache: tuple[KeyValues, Array] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "B T D"], KeyValues]:
+    """A layer up to its experts: h + RMS(attention(h)).
+
+    With a cache (keys and values so far, write position), the new ones are written into it.
+    """
+    B, T, _ = h.shape
+    w = layer["attention"]
+
+    def project(name: str, axis: str) -> Array:
+        return sharding.constrain(kernels.project(h, w[name]), mesh, "batch", None, axis)
+
+    q = rms_norm(project("q", "heads"), w["q_norm"], config.norm_eps)
+    k = rms_norm(project("k", "kv_heads"), w["k_norm"], config.norm_eps)
+    v = project("v", "kv_heads").reshape(B, T, config.num_kv_heads, config.head_dim)
+    q = rotate(q.reshape(B, T, config.num_heads, config.head_dim), *rotary)
+    k = rotate(k.reshape(B, T, config.num_kv_heads, config.head_dim), *rotary)
+    if cache is not None:
+        past, position = cache
+        k = jax.lax.dynamic_update_slice_in_dim(past.k, k.astype(past.k.dtype), position, axis=1)
+        v = jax.lax.dynamic_update_slice_in_dim(past.v, v.astype(past.v.dtype), position, axis=1)
+    out = sharding.constrain(attend(q, k, v, mask).reshape(B, T, -1), mesh, "batch", None, "heads")
+    out = sharding.constrain(kernels.project(out, w["o"]), mesh, "batch", None, None)
+    return h + rms_norm(out, layer["norms"]["attention"], config.norm_eps), KeyValues(k, v)

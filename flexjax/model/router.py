@@ -5,7 +5,9 @@
     p      = softmax(logits);  S = the top k_eff of p, with k_eff = min(k, number of allowed experts)
     gate_e = p_e for e in S, not renormalised (the RMSNorm behind the layer cancels a common factor)
 
-Canonical order is `public` first, then the other names sorted: experts are known by name, never by position.
+Canonical order is `public` first, then the other names sorted: experts are known by name, never by position. With
+`model.router_memory` above 0, h is the running mean of the document's states (`remember`): the router then tells domains
+apart by more than one token.
 """
 
 import dataclasses
@@ -110,6 +112,48 @@ def route(
     gates, indices = jax.lax.top_k(probabilities, min(top_k, rows.shape[0]))
     indices = jnp.where(gates == 0, rows.shape[0], indices)  # a NaN keeps its index, and is seen
     return Routing(probabilities, indices, gates, log_normalizer)
+
+
+def place_in_document(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many tokens of its own document stand before each token of a window."""
+    slots = jnp.arange(segments.shape[1])
+    first = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return slots[None] - jax.lax.cummax(jnp.where(first, slots[None], 0), axis=1)
+
+
+def forgetting(place: Int[Array, "..."], memory: float) -> Float[Array, "..."]:
+    """The weight 1 / n of a token's own state in the running mean m <- m + (h - m) / n, with n = 1 + r + ... + r^place."""
+    rate, count = jnp.float32(memory), (place + 1).astype(jnp.float32)
+    own = (1 - rate) / (1 - jnp.power(rate, count))
+    return jnp.where(place == 0, 1.0, own)  # exactly 1: nothing of another document
+
+
+def remember(h: Float[Array, "B T D"], place: Int[Array, "B T"], memory: float) -> Float[Array, "B T D"]:
+    """What routers read: the mean of a document's states so far, a state of s tokens ago weighing r^s; h itself if r is 0.
+
+    Args:
+      h: residual stream after attention.
+      place: of each token in its document, see `place_in_document`; the mean starts anew where it is 0.
+      memory: r, at least 0 and below 1.
+    """
+    if not memory:
+        return h
+    new = forgetting(place, memory)[..., None]
+
+    def join(before: tuple[Array, Array], after: tuple[Array, Array]) -> tuple[Array, Array]:
+        return before[0] * after[0], after[0] * before[1] + after[1]
+
+    return jax.lax.associative_scan(join, (1 - new, new * h.astype(jnp.float32)), axis=1)[1]
+
+
+def remember_one(
+    h: Float[Array, "B 1 D"], before: Float[Array, "B 1 D"], place: Int[Array, "B 1"], memory: float
+) -> Float[Array, "B 1 D"]:
+    """`remember` of one more token: `before` is what the router read at the last one."""
+    if not memory:
+        return h
+    new = forgetting(place, memory)[..., None]
+    return (1 - new) * before + new * h.astype(jnp.float32)
 
 
 def dense_gates(routing: Routing) -> Float[Array, "B T E"]:

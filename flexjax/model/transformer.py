@@ -9,7 +9,7 @@ H head, E experts, V vocabulary, L layers.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import config as config_lib
 from flexjax import errors, sharding, tree
-from flexjax.model import attention, collectives, dispatch, kernels, low_rank, modules, moe, router
+from flexjax.model import attention, collectives, dispatch, low_rank, modules, moe, router
 
 Params = tree.Tree
 
@@ -66,17 +66,6 @@ class Compute:
     scan: bool = False
     mesh: Mesh | None = None
     dispatch: moe.Dispatch = moe.Dispatch()
-
-
-@dataclasses.dataclass
-class KeyValues:
-    """Cached keys and values of one layer, [B, S, K, H] each."""
-
-    k: Array
-    v: Array
-
-
-jax.tree_util.register_dataclass(KeyValues)
 
 
 @jax.tree_util.register_dataclass
@@ -126,25 +115,39 @@ def init(architecture: Architecture, seed: int) -> Params:
     return tree.unflatten(parts)
 
 
+Leaf = tuple[jax.ShapeDtypeStruct, tuple[str, ...]]
+
+
+@lru_cache(maxsize=64)
+def _leaves(config: tuple[Any, ...], banks: tuple[config_lib.Bank, ...], top_k: int) -> dict[str, Leaf]:
+    """Shape and logical axes of every parameter; asked for many times in a job, and slow to find out."""
+    found = {}
+    for path, (build, layers) in _modules(Architecture(config_lib.ModelConfig(*config), banks, top_k)).items():
+        state = nnx.state(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))), nnx.Param)
+        for key, leaf in nnx.to_flat_state(state):
+            shape, axes = leaf.get_value().shape, leaf.get_metadata("axes")
+            shape, axes = ((layers, *shape), ("layer", *axes)) if layers else (shape, axes)
+            found["/".join((path, *map(str, key)))] = (jax.ShapeDtypeStruct(shape, leaf.get_value().dtype), axes)
+    return found
+
+
+def _described(architecture: Architecture) -> dict[str, Leaf]:
+    return _leaves(dataclasses.astuple(architecture.config), architecture.banks, architecture.top_k)
+
+
 def abstract(architecture: Architecture) -> Params:
     """The parameter tree as shapes and dtypes; costs nothing at any size."""
-    return jax.eval_shape(lambda: init(architecture, 0))
+    return tree.unflatten({path: shape for path, (shape, _) in _described(architecture).items()})
 
 
 def logical_axes(architecture: Architecture) -> Params:
     """The parameter tree with a tuple of logical axis names (keys of `sharding.RULES`) for each leaf."""
-    parts = {}
-    for path, (build, layers) in _modules(architecture).items():
-        state = nnx.state(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))), nnx.Param)
-        axes = {"/".join(map(str, key)): leaf.get_metadata("axes") for key, leaf in nnx.to_flat_state(state)}
-        parts[path] = {key: (("layer", *names) if layers else names) for key, names in axes.items()}
-    found = tree.flatten({path: tree.unflatten(part) for path, part in parts.items()})
     apart = living_apart(architecture)
 
     def place(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
         return names if path.startswith(apart) else tuple("whole" if name == "expert" else name for name in names)
 
-    return tree.unflatten({path: place(path, names) for path, names in found.items()})
+    return tree.unflatten({path: place(path, names) for path, (_, names) in _described(architecture).items()})
 
 
 def living_apart(architecture: Architecture) -> tuple[str, ...]:
@@ -178,36 +181,6 @@ def _bank_weights(params: Params, banks: tuple[config_lib.Bank, ...], routed: bo
     return ffns, rows, biases
 
 
-def attention_block(
-    h: Float[Array, "B T D"],
-    layer: Params,
-    config: config_lib.ModelConfig,
-    rotary: tuple[Array, Array],
-    mask: Bool[Array, "#B 1 T S"],
-    cache: tuple[KeyValues, Array] | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Float[Array, "B T D"], KeyValues]:
-    """h + RMS(attention(h)); with a cache (keys and values so far, write position) the new ones are written into it."""
-    B, T, _ = h.shape
-    w = layer["attention"]
-
-    def project(name: str, axis: str) -> Array:
-        return sharding.constrain(kernels.project(h, w[name]), mesh, "batch", None, axis)
-
-    q = attention.rms_norm(project("q", "heads"), w["q_norm"], config.norm_eps)
-    k = attention.rms_norm(project("k", "kv_heads"), w["k_norm"], config.norm_eps)
-    v = project("v", "kv_heads").reshape(B, T, config.num_kv_heads, config.head_dim)
-    q = attention.rotate(q.reshape(B, T, config.num_heads, config.head_dim), *rotary)
-    k = attention.rotate(k.reshape(B, T, config.num_kv_heads, config.head_dim), *rotary)
-    if cache is not None:
-        past, position = cache
-        k = jax.lax.dynamic_update_slice_in_dim(past.k, k.astype(past.k.dtype), position, axis=1)
-        v = jax.lax.dynamic_update_slice_in_dim(past.v, v.astype(past.v.dtype), position, axis=1)
-    out = sharding.constrain(attention.attend(q, k, v, mask).reshape(B, T, -1), mesh, "batch", None, "heads")
-    out = sharding.constrain(kernels.project(out, w["o"]), mesh, "batch", None, None)
-    return h + attention.rms_norm(out, layer["norms"]["attention"], config.norm_eps), KeyValues(k, v)
-
-
 def expert_block(
     h: Float[Array, "B T D"],
     layer: Params,
@@ -216,8 +189,9 @@ def expert_block(
     allowed: Bool[Array, "B E"] | None,
     skip_idle: bool = False,
     compute: Compute = Compute(),
+    read: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], router.Routing | None]:
-    """h + RMS(mixture(h)); router and experts read the un-normalised h."""
+    """h + RMS(mixture(h)); the experts read the un-normalised h, and so does the router, unless it is given `read`."""
     banks, mesh = architecture.banks, compute.mesh
     ffns, rows, biases = _bank_weights(experts, banks, architecture.routed)
     ffns = jax.tree.map(lambda w: w.astype(h.dtype), ffns)
@@ -225,7 +199,7 @@ def expert_block(
         routing = None
         y = moe.swiglu(h, ffns[0]["gate"][0], ffns[0]["up"][0], ffns[0]["down"][0], mesh)
     else:
-        routing = collectives.route(h, rows, biases, architecture.top_k, allowed, mesh)
+        routing = collectives.route(h if read is None else read, rows, biases, architecture.top_k, allowed, mesh)
         if skip_idle:
             y = moe.dense(h, ffns, banks, router.dense_gates(routing), allowed, skip_idle=True)
         else:
@@ -276,13 +250,14 @@ def forward(
       allowed: experts that each row may use, in canonical order; None allows all.
       segments: document numbers; tokens attend within their own only. None: the whole window.
       weights: token weights of the routing statistics; None weighs all alike.
-      keep_states: also return the residual states that the routers read, [L, B, T, D].
+      keep_states: also return what the routers read, [L, B, T, D]: residual states, or their running means.
     """
     config, mesh = architecture.config, compute.mesh
     B, T = tokens.shape
     positions = sharding.constrain(jnp.broadcast_to(jnp.arange(T), (B, T)), mesh, "batch", None)
     rotary = attention.rotary(positions, config.head_dim, config.rope_theta)
     mask = attention.causal_mask(T, segments)
+    place = positions if segments is None else router.place_in_document(segments)
     weights = jnp.ones((B, T), jnp.float32) if weights is None else weights
     axes = {}
     if sharding.size(mesh, *sharding.RULES["embed"]) > 1:
@@ -292,11 +267,14 @@ def forward(
         if axes:
             leaves = collectives.gather(leaves, axes, compute.dtype, mesh, apart=architecture.sparse)
         with jax.named_scope("attention"):
-            state, _ = attention_block(h, leaves["layers"], config, rotary, mask, mesh=mesh)
+            state, _ = attention.block(h, leaves["layers"], config, rotary, mask, mesh=mesh)
         with jax.named_scope("experts"):
-            h, routing = expert_block(state, leaves["layers"], leaves["experts"], architecture, allowed, compute=compute)
+            read = router.remember(state, place, config.router_memory)
+            h, routing = expert_block(
+                state, leaves["layers"], leaves["experts"], architecture, allowed, compute=compute, read=read
+            )
         stats = None if routing is None else router.stats(routing, weights)
-        return h, (stats, state if keep_states else None)
+        return h, (stats, read if keep_states else None)
 
     step = _remat(layer_step, compute)
     stacked = {"layers": params["layers"], "experts": params["experts"]}
@@ -335,4 +313,6 @@ def check(architecture: Architecture) -> None:
         )
     if len(set(names)) != len(names):
         raise errors.ConfigError(f"expert names must be unique; got {', '.join(names)}")
+    if not 0 <= config.router_memory < 1:
+        raise errors.ConfigError(f"model.router_memory={config.router_memory} must lie in [0, 1), as 0.98: about 50 tokens")
     low_rank.check(architecture.banks, config)

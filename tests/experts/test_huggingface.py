@@ -495,6 +495,15 @@ def test_folding_a_bias_changes_less_than_dropping_it(states, tmp_path):
         assert abs(claims.mean() - 1) < 0.02 and abs(np.sqrt(np.mean((claims - 1) ** 2)) - fold["residual"][0]) < 1e-3
 
 
+def test_routers_with_a_memory_have_no_place_and_their_anchor_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, router_memory=0.9))
+    model = make_model(tmp_path)
+    with pytest.raises(errors.ConfigError, match="its routers have a memory"):
+        exporting.export_folder(model, tmp_path / "folder", bias="fold")
+    assert not (tmp_path / "folder").exists()
+    assert exporting.export_folder(model / "anchor", tmp_path / "anchor")["kind"] == "anchor"
+
+
 def test_the_streamed_forward_is_the_forward(tmp_path):
     source = make_model(tmp_path, bias=-0.5)
     model = models.open_model(source)

@@ -318,6 +318,7 @@ ANCHORS = {
     "object statistics": (lambda m: entry(m, "statistics/states").update(dtype="object"), "dtype of float32"),
     "giant model": (lambda m: m["model"].update(d_model=2**30), "model.d_model"),
     "unknown model field": (lambda m: m["model"].update(code="import os"), "exactly the fields"),
+    "routers that never forget": (lambda m: m["model"].update(router_memory=1.0), "model.router_memory is 1.0"),
     "other model": (lambda m: m["model"].update(num_layers=3), "has shape"),
 }
 
@@ -329,6 +330,12 @@ def test_hostile_anchors_are_refused_before_a_tensor_is_opened(copy, case, monke
     monkeypatch.setattr(store.Artefact, "slice_at", lambda *_: pytest.fail("a tensor was opened"))
     with pytest.raises(errors.IntegrityError, match=message):
         store.open_anchor(copy / "anchor")
+
+
+def test_a_router_memory_is_part_of_the_anchor_and_anchors_without_one_do_not_speak_of_it(copy):
+    assert "router_memory" not in store.open_anchor(copy / "anchor").manifest["model"]
+    forging.forge(copy / "anchor", lambda m: m["model"].update(router_memory=0.98))
+    assert store.config_of(store.open_anchor(copy / "anchor")) == dataclasses.replace(CONFIG, router_memory=0.98)
 
 
 def test_models_whose_parts_do_not_belong_together_are_refused(copy):

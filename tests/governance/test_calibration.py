@@ -96,6 +96,30 @@ def with_margins(bundle, values):
     return dataclasses.replace(bundle, manifest={**bundle.manifest, "margins": stated})
 
 
+def test_routers_with_a_memory_are_shown_layer_by_layer_what_they_read(home, bundles, text):
+    config = dataclasses.replace(CONFIG, router_memory=0.9)
+    tensors = {**SHARED, "expert": EXPERTS["public"]}
+    anchor = artefact(home / "remembers", tensors, kind="anchor", digest="remembers", model=config_lib.to_dict(config))
+    architecture = dataclasses.replace(layerwise.architecture(anchor, bundles, 2), config=config)
+    biases = np.stack([np.zeros(3), *OWN.values()], axis=1)
+    shown = []
+
+    def choose(layer, logits):
+        shown.append(logits)
+        return biases[layer]
+
+    layerwise.descend(anchor, bundles, architecture, text, choose)
+    params, banks = surgery.join(SHARED, EXPERTS)
+    whole = surgery.architecture(config, banks, 2)
+
+    def forward(params):
+        return transformer.forward(params, text.tokens, whole, segments=text.segments, keep_states=True).states
+
+    states = np.asarray(jax.jit(forward, compiler_options=tiny.QUICK)(params), np.float64)[:, text.counted]
+    rows = np.stack([EXPERTS[name]["router"]["row"] for name in whole.experts], axis=1)
+    np.testing.assert_allclose(np.stack(shown), np.einsum("LSD,LED->LSE", states, rows), rtol=1e-3, atol=1e-4)
+
+
 def test_the_model_shows_the_share_that_was_asked_for(alpha, text):
     assert alpha.bias.dtype == np.float32 and alpha.bias.shape == (3,) and (alpha.bias < 0).all()
     np.testing.assert_allclose(shares({"alpha": alpha.bias}, text)[:, 1], 0.2, atol=1e-5)

@@ -30,6 +30,7 @@ MODELS = {
     "pair": transformer.Architecture(TINY, (*PUBLIC, config_lib.Bank("w12", ("alpha",), 12)), top_k=2),
     "merged": transformer.Architecture(TINY, BANKS, top_k=2),
     "low rank": transformer.Architecture(TINY, SIZES, top_k=2),
+    "memory": transformer.Architecture(dataclasses.replace(TINY, router_memory=0.8), BANKS, top_k=2),
 }
 PROMPTS = [[5, 9, 2, 30, 4], [7], [], [3] * 20, [11, 12, 13, 14]]
 
@@ -87,6 +88,7 @@ REQUESTS = {
     "pair": [None, ("public",), ("alpha",), None, ("public", "alpha")],
     "merged": [None, ("public", "beta"), ("alpha", "beta", "gamma"), ("public",), ("public", "gamma")],
     "low rank": [None, ("gamma",), ("alpha", "beta"), ("public",), ("beta",)],
+    "memory": [None, ("public", "beta"), ("alpha", "beta", "gamma"), ("public",), ("public", "gamma")],
 }
 
 

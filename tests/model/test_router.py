@@ -195,3 +195,30 @@ def test_bias_maps_are_inverses_and_never_positive():
     bias = router.effective_bias(raw)
     assert (bias < 0).all() and (jax.vmap(jax.grad(router.effective_bias))(raw) != 0).all()
     np.testing.assert_allclose(router.raw_bias(bias), raw, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.3, 0.98])
+def test_a_router_with_a_memory_reads_the_weighted_mean_of_its_document_so_far(memory):
+    random = np.random.default_rng(5)
+    segments = np.sort(random.integers(0, 5, size=(6, 20)), axis=1)
+    h = random.normal(size=(6, 20, D)).astype(np.float32)
+    place = np.asarray(router.place_in_document(segments))
+    read = np.asarray(router.remember(h, place, memory))
+    before = np.full((6, 1, D), 7, np.float32)
+    for t in range(20):
+        for b in range(6):
+            first = int(np.argmax(segments[b] == segments[b, t]))
+            assert place[b, t] == t - first
+            weights = memory ** np.arange(t - first, -1, -1, dtype=np.float64)
+            np.testing.assert_allclose(read[b, t], weights @ h[b, first : t + 1] / weights.sum(), rtol=1e-4, atol=1e-5)
+        before = router.remember_one(h[:, t : t + 1], before, place[:, t : t + 1], memory)
+        np.testing.assert_allclose(before[:, 0], read[:, t], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(np.asarray(before)[place[:, t] == 0, 0], h[place[:, t] == 0, t])
+
+
+def test_a_memory_holds_nothing_of_another_document():
+    segments, h = np.array([[0] * 5 + [1] * 7]), np.random.default_rng(6).normal(size=(1, 12, D)).astype(np.float32)
+    other = np.concatenate([1e6 * h[:, :5], h[:, 5:]], axis=1)
+    place = router.place_in_document(segments)
+    a, b = (np.asarray(router.remember(x, place, 0.98)) for x in (h, other))
+    np.testing.assert_array_equal(a[:, 5:], b[:, 5:])

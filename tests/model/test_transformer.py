@@ -25,7 +25,13 @@ BANKS = (
 DENSE = transformer.Architecture(TINY, transformer.dense_banks(TINY))
 MERGED = transformer.Architecture(TINY, BANKS, top_k=2)
 PAIR = transformer.Architecture(TINY, (BANKS[0], config_lib.Bank("w10", ("alpha",), 10)), top_k=2)
-ARCHITECTURES = {"dense": DENSE, "pair": PAIR, "merged": MERGED, "reordered": dataclasses.replace(MERGED, banks=BANKS[::-1])}
+ARCHITECTURES = {
+    "dense": DENSE,
+    "pair": PAIR,
+    "merged": MERGED,
+    "reordered": dataclasses.replace(MERGED, banks=BANKS[::-1]),
+    "memory": dataclasses.replace(MERGED, config=dataclasses.replace(TINY, router_memory=0.7)),
+}
 TOKENS = np.random.default_rng(0).integers(29, size=(2, 9))
 
 
@@ -85,7 +91,7 @@ def test_bfloat16_runs_close_to_float32():
     assert np.abs(cast.hidden.astype(jnp.float32) - exact.hidden).mean() < 0.1
 
 
-@pytest.mark.parametrize("name", ["dense", "merged"])
+@pytest.mark.parametrize("name", ["dense", "merged", "memory"])
 def test_documents_of_one_window_do_not_see_each_other(name):
     run, segments = compiled(name), np.array([[0] * 4 + [1] * 5, [3] * 2 + [5] * 7])
     changed = TOKENS.copy()
@@ -98,7 +104,7 @@ def test_documents_of_one_window_do_not_see_each_other(name):
     assert (open_window[0, 4:] != before[0, 4:]).any()
 
 
-@pytest.mark.parametrize("name", ["dense", "merged"])
+@pytest.mark.parametrize("name", ["dense", "merged", "memory"])
 def test_no_token_sees_the_future(name):
     run, changed = compiled(name), TOKENS.copy()
     changed[:, 6:] = (changed[:, 6:] + 3) % 29
@@ -119,10 +125,30 @@ def test_kept_states_are_what_the_routers_read():
     assert output.states.shape == (2, 2, 9, 12)
     layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     rotary = attention.rotary(jnp.tile(jnp.arange(9)[None], (2, 1)), 6, TINY.rope_theta)
-    first, _ = transformer.attention_block(
+    first, _ = attention.block(
         jnp.asarray(params["embed"]["embedding"][TOKENS]), layer, TINY, rotary, attention.causal_mask(9, None)
     )
     np.testing.assert_allclose(output.states[0], first, rtol=1e-5, atol=1e-6)
+
+
+def test_routers_with_a_memory_read_running_means_and_experts_the_states():
+    kept = {
+        name: transformer.forward(params_of("merged"), TOKENS, ARCHITECTURES[name], keep_states=True)
+        for name in ("merged", "memory")
+    }
+    weights = 0.7 ** np.maximum(np.arange(9)[:, None] - np.arange(9)[None], 0) * np.tri(9)
+    means = np.einsum("ts,bsd->btd", weights / weights.sum(axis=1, keepdims=True), kept["merged"].states[0])
+    np.testing.assert_allclose(kept["memory"].states[0], means, rtol=1e-4, atol=1e-5)
+    assert np.abs(kept["memory"].hidden - kept["merged"].hidden).max() > 1e-3
+    scanned = compiled("memory", transformer.Compute(scan=True))(params_of("merged"), TOKENS)
+    np.testing.assert_allclose(scanned.hidden, kept["memory"].hidden, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [1.0, 1.5])
+def test_a_memory_that_never_forgets_is_refused(memory):
+    config = dataclasses.replace(TINY, router_memory=memory)
+    with pytest.raises(errors.ConfigError, match=r"router_memory=1.* must lie in \[0, 1\)"):
+        transformer.check(dataclasses.replace(MERGED, config=config))
 
 
 def test_tied_head():

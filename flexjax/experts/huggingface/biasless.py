@@ -18,7 +18,7 @@ from flexjax import config as config_lib
 from flexjax import errors
 from flexjax.experts import store
 from flexjax.experts.huggingface import expansion
-from flexjax.model import attention, router, transformer
+from flexjax.model import attention, router
 
 RIDGE = 1e-4  # relative to the mean squared norm of the states
 SAMPLE_TOKENS = 256
@@ -120,7 +120,7 @@ def stream(
             part: {name: _slice(anchor, f"layers/{part}/{name}", layer) for name in members}
             for part, members in (("attention", ("q", "k", "v", "o", "q_norm", "k_norm")), ("norms", ("attention", "ffn")))
         }
-        h, _ = transformer.attention_block(h, leaves, config, rotary, mask)
+        h, _ = attention.block(h, leaves, config, rotary, mask)
         if watch is not None:
             watch(layer, np.asarray(h[0]))
         gates = np.concatenate([_gates(h[i : i + 1], variant, layer, top_k) for i, variant in enumerate(variants)])

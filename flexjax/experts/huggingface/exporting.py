@@ -66,7 +66,7 @@ def export_folder(
       sample_file: text on which the report says what that changes; None: a built-in paragraph.
 
     Raises:
-      ConfigError: biases without `bias`. IntegrityError: bytes are not those of a manifest.
+      ConfigError: biases without `bias`, or routers with a memory. IntegrityError: bytes are not those of a manifest.
       StorageError: a file cannot be read or written.
     """
     if bias not in (None, "fold", "drop"):
@@ -75,6 +75,11 @@ def export_folder(
         raise errors.ConfigError("--sample is the text on which --bias=fold or --bias=drop is compared; give that flag too")
     opened = _open(source)
     anchor = opened.anchor
+    if opened.mixture and opened.config.router_memory:
+        raise errors.ConfigError(
+            f"{source}: its routers have a memory (model.router_memory={opened.config.router_memory}), for which Hugging Face "
+            "has no place; experts trained beside an anchor without one can be exported"
+        )
     routers, report = _routers(opened, bias, sample_file) if opened.mixture else (None, {})
     roundings = {name: expansion.Rounding() for name, bundle in opened.bundles.items() if expansion.rank(bundle)}
     planned, left_out = _plan(opened, routers, roundings)
