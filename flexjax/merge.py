@@ -204,6 +204,8 @@ def show() -> dict[str, Any]:
         if manifest["kind"] == "expert":
             size = f"rank {manifest['rank']}" if manifest["rank"] else f"width {manifest['d_ff']}"
             facts += [size, f"version {manifest['version']}", f"owner {manifest['owner'] or 'not stated'}"]
+        elif memory := manifest.get("model", {}).get("router_memory"):
+            facts.append(f"router memory {memory:g}")
         print(f"  {manifest.get('name', manifest['kind']):<16} {manifest['digest'][:12]}  {', '.join(facts)}")
     manifests = [artefact.manifest | {"tensors": len(artefact.manifest["tensors"])} for artefact in artefacts]
     return {"artefacts": manifests} | ({"model": model.manifest} if model else {})

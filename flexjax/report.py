@@ -40,7 +40,8 @@ def picture(path: epath.Path, runs: Mapping[str, epath.Path], scores: comparison
         rows = [row for row in metrics.read(run / "metrics.jsonl") if row["cross_entropy"] is not None]
         curves.plot([row["step"] for row in rows], [row["cross_entropy"] / math.log(2) for row in rows], label=title)
     curves.set(xlabel="step", ylabel="training loss (bits per token)", title="Loss")
-    curves.legend()
+    if runs:  # an anchor from elsewhere has none
+        curves.legend()
     domains = list(next(iter(scores.values())))
     width = 0.8 / len(scores)
     for index, (label, found) in enumerate(scores.items()):
