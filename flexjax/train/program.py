@@ -51,7 +51,7 @@ class Program:
         check(settings, architecture, mesh)
         self.architecture, self.settings, self.mesh = architecture, settings, mesh
         self.axes = transformer.logical_axes(architecture)
-        shapes = jax.eval_shape(lambda: placement.pad(transformer.init(architecture, 0), architecture, mesh))
+        shapes = jax.eval_shape(lambda leaves: placement.pad(leaves, architecture, mesh), transformer.abstract(architecture))
         trainable, frozen = tree.partition(shapes, settings.trainable)
         trained = " ".join(tree.flatten(trainable))
         banks = [bank.name for bank in architecture.banks if f"experts/{bank.name}/ffn/" not in trained]
