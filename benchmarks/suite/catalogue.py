@@ -25,6 +25,10 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
         "flex-sequence": ("FlexOlmo, routed by sequence (mixture)", methods.flex_by_sequence("mixture")),
         "flex-sequence-hard": ("FlexOlmo, routed by sequence (hard)", methods.flex_by_sequence("hard")),
         "flex-memory": ("FlexOlmo, routers with a memory, no tuning", methods.flex_memory),
+        "flex-memory-sequence": (
+            "FlexOlmo, routers with a memory, routed by sequence (mixture)",
+            methods.flex_memory_by_sequence,
+        ),
         "joint-1x": ("Joint MoE, 1x FLOPs", methods.joint(1.0)),
         "joint-2x": ("Joint MoE, 2x FLOPs", methods.joint(2.0)),
         "joint-frozen-1x": ("Joint MoE, shared weights frozen, 1x FLOPs", methods.joint_frozen(1.0)),

@@ -271,6 +271,10 @@ def flex_memory_tuned(kind: str) -> Method:
     return lambda lab: single(lab, lab.tuned(lab.flex_memory, kind, "memory-"), f"flex-memory-tuned-{kind}")
 
 
+def flex_memory_by_sequence(lab: models.Models) -> Outcome:
+    return by_sequence(lab, lab.flex_memory, "flex-memory", "mixture")
+
+
 def flex_without(name: str) -> Method:
     """The opt-out of one owner: the model as if it had never been merged."""
 
