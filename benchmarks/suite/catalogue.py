@@ -54,9 +54,9 @@ def entries(suite: suites.Suite, size: suites.Size) -> dict[str, Entry]:
             "FlexOlmo, routers with a memory, tuned on text that experts wrote",
             methods.flex_memory_tuned("sampled"),
         ),
-        "flex-memory-tuned-proxy": (
-            "FlexOlmo, routers with a memory, tuned on public look-alikes",
-            methods.flex_memory_tuned("proxy"),
+        "flex-memory-tuned-donated": (
+            "FlexOlmo, routers with a memory, tuned on 1 % donated text",
+            methods.flex_memory_tuned("donated"),
         ),
         "flex-tuned-sampled-sequence": (
             "FlexOlmo, tuned on text that experts wrote, routed by sequence",

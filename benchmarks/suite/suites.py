@@ -71,7 +71,7 @@ class Size:
     row_documents: int = 1000
     statistics_tokens: int = 4096
     sampled_tokens: int = 65_536
-    proxy_documents: int = 300
+    proxy_documents: int = 60
     prefixes: int = 200
 
 
