@@ -48,7 +48,7 @@ def test_joint_training_then_router_tuning(commands, tiny, anchor, tmp_path):
 
 
 def test_an_anchor_from_elsewhere_gets_what_owners_need(commands, tiny, house, tmp_path):
-    """The anchor of a joint model, like an imported one, has no statistics; the public phase adds them."""
+    """The anchor of a joint model, like an imported one, has no statistics; the public phase adds them, and a router memory."""
     joint = ["--config=configs/joint_moe.py", *tiny, f"--config.anchor.path={house / 'public' / 'anchor'}"]
     assert commands.main(*joint, f"--workdir={tmp_path / 'joint'}").code == 0
     bare = tmp_path / "joint" / "model" / "anchor"
@@ -56,11 +56,13 @@ def test_an_anchor_from_elsewhere_gets_what_owners_need(commands, tiny, house, t
     assert refused.code == CONFIG
     assert f"--config=configs/public.py --config.anchor.path={bare}" in refused.err
     public = ["--config=configs/public.py", *tiny, f"--config.anchor.path={bare}", f"--workdir={tmp_path / 'public'}"]
-    result = commands.main(*public)
+    result = commands.main(*public, "--config.model.router_memory=0.9")
     assert result.code == 0, result.err
     ready = tmp_path / "public" / "anchor"
+    assert manifest(ready)["model"] == manifest(bare)["model"] | {"router_memory": 0.9}
     result = commands.main(MATH, *tiny, f"--config.anchor.path={ready}", f"--workdir={tmp_path / 'expert'}")
     assert result.code == 0, result.err
+    assert "router memory 0.9" in commands.merge("show", f"--model={tmp_path / 'expert' / 'model'}").out
 
 
 def test_a_finished_expert_is_not_taken_for_one_of_another_anchor_or_text(refuse, commands, tiny, anchor, tmp_path):
