@@ -20,7 +20,7 @@ from etils import epath
 
 from benchmarks import report, throughput
 from benchmarks.reporting import rows
-from benchmarks.suite import catalogue, methods, models, scoring, suites, sweep, tasks, training, tuning
+from benchmarks.suite import catalogue, methods, models, owned_text, scoring, suites, sweep, tasks, training, tuning
 from flexjax import command, errors, memory, presets, tree, workdir
 from flexjax import config as config_lib
 from flexjax.train import flops
@@ -156,7 +156,8 @@ def _rates(bench: training.Bench, out: pathlib.Path) -> tuning.Rates:
     """The learning rates of the suite, with what they and all rows depend on."""
     kinds = (presets.public_training, presets.expert_training, presets.joint_training, presets.router_training)
     settings = [config_lib.to_dict(kind("mini")) for kind in kinds]
-    constants = [models.RATES, tuning.FACTORS, tuning.FRACTION, methods.SEQUENCE, config_lib.to_dict(config_lib.ExpertConfig())]
+    tuned = [models.RATES, tuning.FACTORS, tuning.FRACTION, methods.SEQUENCE]
+    constants = [*tuned, models.MEMORY, owned_text.KEPT, owned_text.SHORT, config_lib.to_dict(config_lib.ExpertConfig())]
     made_of = [bench.corpus, repr(bench.suite), repr(bench.size), settings, constants]
     first = bench
     if bench.seed != FIRST:
