@@ -261,7 +261,7 @@ def test_each_changed_field_is_refused_asked_for_or_free(path, kind):
     owner = functools.reduce(getattr, parents, job)
     setattr(owner, name, changed(getattr(owner, name)))
     current = config.to_dict(job)
-    named = re.escape(f"{path}: {flat_config()[path]} -> {current[path]}")
+    named = re.escape(f"{path}: {flat_config().get(path, '(absent)')} -> {current[path]}")
     if path.startswith(config.UNREAD["expert"]):
         kind = "operations"  # an expert run never reads it
     free = {"identity": (), "schedule": (True,), "operations": (False, True)}[kind]
