@@ -37,7 +37,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "For stages; default runs/benchma
 OUT = flags.DEFINE_string("out", None, "For rows, report and figures; default benchmarks/results/<suite>-<size>.")
 COMMIT = throughput.commit()  # of the code that runs, whatever is committed meanwhile
 RECIPE = "recipe.json"
-FIRST = 0  # the seed on which learning rates are tuned
 
 
 def main(argv: list[str]) -> None:
@@ -99,22 +98,26 @@ def run_seed(
     rates = _rates(bench, out)
     found = {row["method"]: row for row in _rows(out) if row["seed"] == bench.seed and row["status"] == "ok"}
     lab = models.Models(bench, rates)
+    made_of = {"corpus": bench.corpus, "inputs": rates.inputs}
+    if not all(_answers(found.get(name), made_of, asked) for name in chosen):
+        lab.check_anchor()  # one that does not pass stops the suite, not a method
+        made_of["anchor"] = lab.anchor.manifest["digest"]
     failed = []
     for name, entry in chosen.items():
         before = found.get(name)
-        if before is not None and (before["corpus"], before["inputs"]) != (bench.corpus, rates.inputs):
-            bench.say(f"seed {bench.seed}: {name}: what it is made of changed, run anew")
-            before = None
-        answered = {} if before is None else before["extra"].get("tasks", None if asked else {})
-        if before is not None and (answered == {} or set(asked) <= set(answered or ())):
+        if _answers(before, made_of, asked):
             bench.say(f"seed {bench.seed}: {name}: finished, skipped")
             continue
-        head = _head(bench, name, entry) | {"inputs": rates.inputs}
-        lab.check_anchor()  # one that does not pass stops the suite, not a method
+        if not _made_of(before, made_of):
+            before = None
+            if name in found:
+                bench.say(f"seed {bench.seed}: {name}: what it is made of changed, run anew")
+        answered = {} if before is None else before["extra"].get("tasks", {})
+        head = _head(bench, name, entry) | made_of
         try:
             outcome = entry.method(lab)
             if asked:
-                outcome.extra["tasks"] = tasks.scores(lab, name, outcome, sorted({*asked, *(answered or ())}))
+                outcome.extra["tasks"] = tasks.scores(lab, name, outcome, sorted({*asked, *answered}))
             row = head | {"status": "ok", "error": ""} | _result(lab, outcome)
             kinds = {lab.kinds[run] for run in outcome.runs if run in lab.kinds}
             row |= {"learning_rates": {kind: rates.trials[kind] for kind in sorted(kinds & set(rates.trials))}}
@@ -137,6 +140,22 @@ def run_seed(
     return failed
 
 
+def _made_of(row: dict[str, Any] | None, made_of: Mapping[str, str]) -> bool:
+    """Whether a row was made of this corpus, by these settings and, where it is known, beside this anchor.
+
+    Another machine may round differently, and have another anchor of the same seed: a gap between two anchors means nothing.
+    """
+    return row is not None and all(row.get(field) == digest for field, digest in made_of.items())
+
+
+def _answers(row: dict[str, Any] | None, made_of: Mapping[str, str], asked: Sequence[str]) -> bool:
+    """Whether a row is up to date, with the tasks that are asked for, unless it is of a method that answers none."""
+    if row is None or not _made_of(row, made_of):
+        return False
+    answered = row["extra"].get("tasks", None if asked else {})
+    return answered == {} or set(asked) <= set(answered or ())
+
+
 def _head(bench: training.Bench, name: str, entry: catalogue.Entry) -> dict[str, Any]:
     return {
         "suite": bench.suite.name,
@@ -145,7 +164,6 @@ def _head(bench: training.Bench, name: str, entry: catalogue.Entry) -> dict[str,
         "method": name,
         "title": entry.title,
         "group": entry.group,
-        "corpus": bench.corpus,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **throughput.machine(),
         "commit": COMMIT,
@@ -159,10 +177,7 @@ def _rates(bench: training.Bench, out: pathlib.Path) -> tuning.Rates:
     tuned = [models.RATES, tuning.FACTORS, tuning.FRACTION, methods.SEQUENCE]
     constants = [*tuned, models.MEMORY, owned_text.KEPT, owned_text.SHORT, config_lib.to_dict(config_lib.ExpertConfig())]
     made_of = [bench.corpus, repr(bench.suite), repr(bench.size), settings, constants]
-    first = bench
-    if bench.seed != FIRST:
-        first = training.Bench(bench.suite, bench.size_name, bench.home, bench.data_root, FIRST, bench.say)
-    return tuning.Rates(first, epath.Path(out / RECIPE), tree.sha256(tree.canonical_json(made_of)))
+    return tuning.Rates(bench, epath.Path(out / RECIPE), tree.sha256(tree.canonical_json(made_of)))
 
 
 def _rows(out: pathlib.Path) -> list[dict[str, Any]]:

@@ -26,6 +26,12 @@ def comparable(measures: Measures) -> list[str]:
         (digest, _), *others = inputs.items()
         odd = "; ".join(f"`{other:.12}`: {who}" for other, who in others)
         found.append(f"**Not comparable: rows were made of different `inputs`.** Most of `{digest:.12}`, but {odd}.")
+    for seed in measures.seeds:
+        anchors = _named([row for row in rows if row["seed"] == seed], "anchor")
+        if len(anchors) > 1:
+            (digest, _), *others = anchors.items()
+            odd = "; ".join(f"`{other:.12}`: {who}" for other, who in others)
+            found.append(f"**Not comparable: seed {seed} has several anchors.** Most of `{digest:.12}`, but {odd}.")
     commits = _named(rows, "commit")
     if len(commits) > 1:
         (commit, _), *others = commits.items()

@@ -1,8 +1,8 @@
 """Learning rates: every kind of training run gets the same trials, the joint baseline included.
 
 Three rates around the default; while the best is at an edge, the next one beyond it, up to five. A trial takes a quarter of the
-steps (router tuning: all of its few), on the first seed, and is judged on the tuning half of the validation text. What it
-chooses holds for all seeds. A kind is tuned when a method first asks for it.
+steps (router tuning: all of its few) and is judged on the tuning half of the validation text. A kind is tuned when a method
+first asks for it, on the seed that is at work then; what it chooses holds for all seeds.
 """
 
 import dataclasses
@@ -56,13 +56,13 @@ class Rates:
     """The learning rate of each kind of run, as `models.Models` asks for them.
 
     Attributes:
-      first: the suite's first seed, on which trials run.
+      bench: the seed at work, on which trials run.
       file: keeps rates and trials, so that they outlive the stages.
       inputs: digest of what they depend on.
       chosen, trials: by kind.
     """
 
-    first: training.Bench
+    bench: training.Bench
     file: epath.Path
     inputs: str
     chosen: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -75,10 +75,10 @@ class Rates:
 
     def __call__(self, kind: str) -> float:
         """The rate of a kind, tuned now if it was not; a smoke size takes the default."""
-        if self.first.size_name == "smoke":
+        if self.bench.size_name == "smoke":
             return models.RATES[kind]
         if kind not in self.chosen:
-            self.first.say(f"tuning: learning rates of kind '{kind}'")
+            self.bench.say(f"tuning: learning rates of kind '{kind}'")
             self.trials[kind] = self._search(kind)
             self.chosen[kind] = _best(self.trials[kind])
             workdir.write_json(self.file, {"inputs": self.inputs, "chosen": self.chosen, "trials": self.trials})
@@ -102,7 +102,7 @@ class Rates:
 
         name = f"trial-{kind}-{rate:g}-"
         fraction = 1.0 if kind == "router" else FRACTION  # beside the real experts, whose writing it is tuned on
-        lab = models.Models(self.first, rates, fraction, name, name if kind in ("expert", "paper") else "", ("tune",))
+        lab = models.Models(self.bench, rates, fraction, name, name if kind in ("expert", "paper") else "", ("tune",))
         return round(JUDGES[kind](lab), 4)
 
 

@@ -295,6 +295,18 @@ def test_equal_trials(tmp_path):
     assert "Numbers of trials DIFFER: 0, 3." in section(written(found, tmp_path), "Tuning")
 
 
+def test_a_seed_that_was_run_beside_two_anchors_is_named_near_the_top(tmp_path):
+    """Seeds differ in their anchors; within one, a gap is measured from one."""
+    found = synthetic.suite(FACTORS, (0, 1))
+    for row in found:
+        row["anchor"] = ("a" if row["seed"] else "b") * 64
+    assert "anchors" not in written(found, tmp_path).split("\n## ")[0]
+    next(row for row in found if (row["method"], row["seed"]) == ("flex", 1))["anchor"] = "c" * 64
+    top = written(found, tmp_path).split("\n## ")[0]
+    odd = f"**Not comparable: seed 1 has several anchors.** Most of `{'a' * 12}`, but `{'c' * 12}`: `flex` (seed 1)."
+    assert odd in top.splitlines()
+
+
 def test_rows_made_of_different_things_are_named_near_the_top(tmp_path):
     found = synthetic.suite(FACTORS, (0, 1))
     for row in found:

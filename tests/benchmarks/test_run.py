@@ -1,6 +1,7 @@
 """Every method of the suite at its smallest size, by the command that a user types."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -140,6 +141,20 @@ def test_rows_made_of_something_else_are_made_anew_and_that_is_said(finished, tm
     run.run_seed(bench, chosen, tmp_path)
     assert any("changed, run anew" in line for line in said)
     assert len(rows.read(tmp_path / rows.FILE)) == 1
+
+
+def test_rows_beside_another_anchor_are_made_anew_once_anything_is_run(finished, tmp_path):
+    """The same seed on another machine may give another anchor, and a gap is measured from one anchor."""
+    said: list[str] = []
+    bench = training.Bench(SUITE, "smoke", epath.Path(finished[0] / "stages"), "", 0, said.append)
+    run.run_seed(bench, {"anchor": EVERY["anchor"]}, tmp_path)
+    (row,) = rows.read(tmp_path / rows.FILE)
+    (tmp_path / rows.FILE).write_text(json.dumps(row | {"anchor": "of another machine"}) + "\n")
+    run.run_seed(bench, {"anchor": EVERY["anchor"]}, tmp_path)
+    assert any("finished, skipped" in line for line in said), "nothing is missing: no anchor is trained to find out"
+    run.run_seed(bench, {"anchor": EVERY["anchor"], "flex": EVERY["flex"]}, tmp_path)
+    assert any("anchor: what it is made of changed, run anew" in line for line in said)
+    assert {row["anchor"] for row in rows.read(tmp_path / rows.FILE)} == {row["anchor"]}
 
 
 def test_a_starved_anchor_stops_the_suite(finished, tmp_path):
