@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import throughput
+from benchmarks import measuring
 from flexjax import config as config_lib
 from flexjax import memory, sharding
 from flexjax.model import dispatch, exchange, kernels, moe, router
@@ -86,7 +86,7 @@ def measure(choices: Choices, experts: int) -> dict[str, Any]:
         "forward": lambda: jax.block_until_ready(forward(h, ffn, chosen)),
         "dx": lambda: jax.block_until_ready(pull(pullback, h)),
     }.items():
-        wall, cpu = throughput.timed(call)
+        wall, cpu = measuring.timed(call)
         walls |= {f"{name}_ms": 1e3 * wall, f"{name}_cpu_ms": 1e3 * cpu}
     sizes = np.bincount(choices.reshape(-1), minlength=experts)
     in_blocks = int(np.ceil(sizes / kernels.BLOCK_ROWS).sum()) * kernels.BLOCK_ROWS
@@ -158,7 +158,7 @@ def by_mesh(experts: int = 8, tokens: int = 512) -> list[dict[str, Any]]:
 def main() -> None:
     memory.keep_freed()
     rows = by_mesh() if "--exchange" in sys.argv else [*by_experts(), *by_skew()]
-    facts = throughput.machine() | {"cores": len(os.sched_getaffinity(0)), "d_model": D, "d_ff": F}
+    facts = measuring.machine() | {"cores": len(os.sched_getaffinity(0)), "d_model": D, "d_ff": F}
     for row in rows:
         print(json.dumps(row | facts), flush=True)
     if "--exchange" not in sys.argv:

@@ -26,7 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks import throughput
+from benchmarks import expert_step, measuring
 from flexjax import config as config_lib
 from flexjax import presets, tree, workdir
 from flexjax.experts import publishing, schema, slices, store
@@ -58,7 +58,7 @@ def surgery(home: pathlib.Path, layers: int, experts: int) -> None:
         writer.start()
         writer.join()
     shutil.rmtree(model, ignore_errors=True)
-    machine = throughput.machine()
+    machine = measuring.machine()
     given = [f"--expert={parts / name}" for name in names]
     merged = [parts / "anchor", *(parts / name for name in names)]
     size = sum(file.stat().st_size for part in merged for file in part.rglob("*") if file.is_file())
@@ -164,7 +164,7 @@ FORMS = {
 
 def sizes(home: pathlib.Path) -> None:
     """One row for each form of an expert: state, bytes, FLOPs, time and quality."""
-    machine = throughput.machine()
+    machine = measuring.machine()
     for name, (kind, d_ff, rank) in FORMS.items():
         directory = home / name.replace(" ", "-")
         form = [f"--config.expert.{field}={value}" for field, value in {"kind": kind, "d_ff": d_ff, "rank": rank}.items()]
@@ -180,7 +180,7 @@ def sizes(home: pathlib.Path) -> None:
         for field, value in SHAPES.items():
             setattr(config.model, field, value)
         config.expert.kind, config.expert.d_ff, config.expert.rank = kind, d_ff, rank
-        row: dict[str, Any] = {"what": f"expert, {name}", **throughput.step(config), "bundle_bytes": bundle.nbytes}
+        row: dict[str, Any] = {"what": f"expert, {name}", **expert_step.measure(config), "bundle_bytes": bundle.nbytes}
         for domain, score in bundle.manifest["evaluation"].items():
             row |= {f"{domain} bits per byte": score["bits_per_byte"], f"{domain} anchor": score["anchor"]}
         print(json.dumps(row | machine), flush=True)

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from benchmarks import report, throughput
+from benchmarks import measuring, report
 from benchmarks.reporting import rows
 from benchmarks.suite import catalogue, methods, models, owned_text, scoring, suites, sweep, tasks, training, tuning
 from flexjax import command, errors, memory, presets, tree, workdir
@@ -35,7 +35,7 @@ TASKS = flags.DEFINE_list("tasks", [], "Benchmark items to ask as well: names of
 SWEEP = flags.DEFINE_multi_string("sweep", [], "PATH=VALUE,... of the expert recipe: trains and ranks the grid, nothing else.")
 WORKDIR = flags.DEFINE_string("workdir", None, "For stages; default runs/benchmarks/<suite>-<size>.")
 OUT = flags.DEFINE_string("out", None, "For rows, report and figures; default benchmarks/results/<suite>-<size>.")
-COMMIT = throughput.commit()  # of the code that runs, whatever is committed meanwhile
+COMMIT = measuring.commit()  # of the code that runs, whatever is committed meanwhile
 RECIPE = "recipe.json"
 
 
@@ -165,7 +165,7 @@ def _head(bench: training.Bench, name: str, entry: catalogue.Entry) -> dict[str,
         "title": entry.title,
         "group": entry.group,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **throughput.machine(),
+        **measuring.machine(),
         "commit": COMMIT,
     }
 

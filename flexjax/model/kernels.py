@@ -38,6 +38,11 @@ def project(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, ".
     return jnp.dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[1])
 
 
+def keep(x: Array) -> Array:
+    """x, computed once: on CPU, XLA computes what looks cheap again in each loop that reads it, a sine for every head."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
 def _begin(starts: Array | None, sizes: Array) -> Array:
     return jnp.cumsum(sizes) - sizes if starts is None else starts
 

@@ -77,7 +77,7 @@ def estimate(job: program.Program, chip: hardware.Chip | None, why: str, accumul
       accumulation: micro-batches; 0: those of the job.
     """
     step = Step(job, accumulation or job.settings.accumulation)
-    step.in_blocks = chip is not None and chip.dimensions > 0 and step.length % attention.QUERY_BLOCK == 0
+    step.in_blocks = chip is not None and chip.dimensions > 0 and step.length % attention.TPU_BLOCK == 0
     dtype, executed = {2: "bf16", 4: "f32"}[step.c], _executed(step)
     found = facts.Facts(
         method=f"formulas ({why})",
@@ -104,7 +104,7 @@ def temporaries(step: Step) -> float:
     inner += 4 * step.rows * config.d_model * c  # sent, received, computed and sent back
     kept = config.num_layers * {"full": residual, "dots": residual + inner, "none": 3 * residual + 2 * inner}[remat]
     on_cpu = step.mesh.devices.flat[0].platform == "cpu"
-    queries = attention.QUERY_BLOCK if step.in_blocks else step.length
+    queries = attention.TPU_BLOCK if step.in_blocks else step.length
     scores = 3 * step.sequences * config.num_heads / step.tensor * queries * step.length * 4
     if remat == "none":
         kept += config.num_layers * scores / 3 * step.length / queries

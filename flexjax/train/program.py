@@ -3,6 +3,7 @@
 Training runs this program; `flexjax.plan` compiles the same one for machines that are not there.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from flexjax.train import optimizer as optimizer_lib
 from flexjax.train import step as step_lib
 
 KEPT_IN_FLOAT32 = r".*(norm|norms/.*|router/.*)"
+CPU_TOKENS = 512  # of a micro-batch: what a layer makes of so many is still in the caches when the next product reads it
 INPUTS = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32}
 
 
@@ -74,7 +76,8 @@ class Program:
             name: jax.ShapeDtypeStruct((settings.batch_size, seq_len), dtype, sharding=rows) for name, dtype in INPUTS.items()
         }
         head = "embed/embedding" if architecture.config.tied_head else "head/kernel"
-        step = step_lib.make_step(architecture, compute, settings, self.optimizer, head in tree.flatten(trainable))
+        parts = dataclasses.replace(settings, accumulation=micro_batches(settings, mesh, seq_len))
+        step = step_lib.make_step(architecture, compute, parts, self.optimizer, head in tree.flatten(trainable))
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(_shardings(self.state), sharding.sharding(mesh, ())))
 
     def place(self, params: tree.Tree, state: Any = None) -> tuple[step_lib.TrainState, tree.Tree]:
@@ -115,6 +118,19 @@ class Program:
     def _placed(self, shapes: Any, rules: sharding.Rules) -> Any:
         places = sharding.of_state(shapes, self.axes, self.mesh, rules)
         return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+
+
+def micro_batches(settings: config_lib.TrainConfig, mesh: Mesh, seq_len: int) -> int:
+    """How many parts the gradient of a step is summed over: `settings.accumulation`, and on one CPU more, for speed.
+
+    On CPU a part has as few rows as reach `CPU_TOKENS`, unless a loss looks at the whole batch, as load balancing does.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform != "cpu" or mesh.size > 1 or settings.load_balance_loss:
+        return settings.accumulation
+    rows = settings.batch_size // settings.accumulation
+    fewest = next(part for part in range(1, rows + 1) if rows % part == 0 and (part * seq_len >= CPU_TOKENS or part == rows))
+    return settings.batch_size // fewest
 
 
 def check(settings: config_lib.TrainConfig, architecture: transformer.Architecture, mesh: Mesh | None = None) -> None:

@@ -1,5 +1,6 @@
 """Attention: the formula, the platforms' implementations, and rotary positions."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +40,33 @@ def test_one_query_over_a_longer_cache():
     expected = by_loop(q, k, v, mask)
     for implementation in (attention._by_einsum, attention._by_library):
         np.testing.assert_allclose(implementation(q, k, v, mask), expected, rtol=1e-5, atol=1e-6)
+
+
+def plain(q, k, v, mask):
+    """The formula, differentiated by JAX."""
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]), k) * q.shape[3] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [8, 2 * attention.CPU_BLOCK])
+def test_values_and_gradients_are_those_of_the_formula(length, kv_heads):
+    """Of the whole window at once, and of a window that is worked off in blocks of queries."""
+    q, k, v = qkv(2, length, length, 4, kv_heads, 6)
+    mask = attention.causal_mask(length, jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (2, length)), axis=1)))
+    dy = qkv(2, length, length, 4, 4, 6, seed=1)[0]
+    expected, found = (jax.vjp(lambda *x, f=f: f(*x, mask), q, k, v) for f in (plain, attention.attend))
+    for mine, theirs in zip((found[0], *found[1](dy)), (expected[0], *expected[1](dy)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_no_query_of_a_block_is_influenced_by_what_comes_after_the_block():
+    q, k, v = qkv(1, 2 * attention.CPU_BLOCK, 2 * attention.CPU_BLOCK, 2, 1, 4)
+    poisoned = [x.at[:, attention.CPU_BLOCK :].set(jnp.nan) for x in (k, v)]
+    mask = attention.causal_mask(q.shape[1], None)
+    first = slice(attention.CPU_BLOCK)
+    np.testing.assert_array_equal(attention.attend(q, *poisoned, mask)[:, first], attention.attend(q, k, v, mask)[:, first])
 
 
 def test_rms_norm_is_computed_in_float32():

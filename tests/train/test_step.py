@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from flexjax import checkpoint, config, tree
+from flexjax import checkpoint, config, sharding, tree
 from flexjax.model import router, transformer
+from flexjax.train import program
 from flexjax.train import step as step_lib
 from tests.train import tiny
 
@@ -88,6 +89,25 @@ def test_accumulation_equals_one_big_batch(uneven):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), parts.optimizer[1].mu, whole.optimizer[1].mu
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "seq_len", "parts"),
+    [
+        ({"batch_size": 8}, 256, 4),
+        ({"batch_size": 8}, 16, 1),
+        ({"batch_size": 8}, 4096, 8),
+        ({"batch_size": 6}, 128, 1),  # 4 rows would do, but do not divide it
+        ({"batch_size": 8, "accumulation": 2}, 256, 4),
+        ({"batch_size": 8, "accumulation": 8}, 16, 8),
+        ({"batch_size": 8, "accumulation": 2, "load_balance_loss": 0.1}, 256, 2),  # a loss of the whole batch
+    ],
+)
+def test_on_one_cpu_a_step_is_summed_over_parts_that_its_caches_hold(changes, seq_len, parts):
+    settings = config.TrainConfig(**changes)
+    assert program.micro_batches(settings, sharding.one_device(), seq_len) == parts
+    settings = dataclasses.replace(settings, accumulation=1)
+    assert program.micro_batches(settings, sharding.make_mesh(config.MeshConfig(fsdp=8)), seq_len) == 1
 
 
 def test_a_batch_without_a_token_that_counts_gives_a_finite_step():
