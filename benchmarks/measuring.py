@@ -21,7 +21,7 @@ import jax
 from flexjax import memory
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-REPEATS = 9
+REPEATS = 5
 ROUNDS = 3
 Row = dict[str, Any]
 
