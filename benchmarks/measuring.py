@@ -57,10 +57,10 @@ def _processor() -> str:
     return f"{platform.machine()} {widest}".strip()
 
 
-def timed(call: Callable[[], Any], repeats: int = REPEATS) -> tuple[float, float]:
+def timed(call: Callable[[], Any], repeats: int | None = None) -> tuple[float, float]:
     """Median wall seconds and median CPU seconds of a call, after two warm-up calls."""
     walls, cpus = [], []
-    for _ in range(repeats + 2):
+    for _ in range((repeats or REPEATS) + 2):
         before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         call()
         after = resource.getrusage(resource.RUSAGE_SELF)
