@@ -66,17 +66,20 @@ class Size:
     product: int = 8192  # rows and columns of the matrices that show the peak
     copied: int = 2**30  # float32 numbers
     layer: tuple[int, int, int] = (1024, 128, 256)  # tokens, D and F of the layers that are compared with the oracle
-    small: Work = Work(_model(2048, 8, 16, 8192), 8, 2048)
-    large: Work = Work(_model(4096, 4, 32, 11_008), 4, 4096)
+    pairs: tuple[tuple[str, Work], ...] = (
+        ("7B", Work(_model(4096, 4, 32, 11_008), 4, 4096)),
+        ("1B", Work(_model(2048, 8, 16, 8192), 8, 2048)),
+    )
+    rank: int = 64
     joint: Work = Work(_model(4096, 2, 32, 11_008), 2, 4096)
     merged: Work = Work(_model(4096, 4, 32, 11_008), 4, 4096)
-    rank: int = 64
-    served: tuple[int, int] = (1, 32)  # requests at once
+    active: tuple[int, ...] = (2, 4)
+    served: tuple[int, ...] = (1, 32)  # requests at once
     new_tokens: int = 128
 
 
 _TOY = Work(_model(16, 2, 2, 32, vocab=64, head_dim=8), 2, 32)
-SIZES = {"full": Size(), "toy": Size(128, 2**16, (128, 32, 64), _TOY, _TOY, _TOY, _TOY, 4, (1, 4), 4)}
+SIZES = {"full": Size(), "toy": Size(128, 2**16, (128, 32, 64), (("7B", _TOY),), 4, _TOY, _TOY, (2,), (2,), 4)}
 
 
 class Session:
@@ -208,20 +211,20 @@ def step(session: Session, work: Work, phase: str, rank: int = 0, top_k: int = 2
         job = program.Program(job.architecture, settings, job.mesh, choices, work.seq_len, session.kernel)
         ready = dataclasses.replace(ready, job=job, run=job.compile())
     wall, _ = measuring.timed(ready.once)
-    tokens = work.batch * work.seq_len
-    cost = flops.per_token(job.architecture, job.state.trainable, work.seq_len).total * tokens
-    sizes = ready.run.memory_analysis()
+    tokens, trained, sizes = work.batch * work.seq_len, job.state.trainable, ready.run.memory_analysis()
+    cost = flops.per_token(job.architecture, trained, work.seq_len).total * tokens
     chip, parts = hardware.of_device(jax.devices()[0].device_kind), program.micro_batches(settings, job.mesh, work.seq_len)
-    predicted = analytic.estimate(job, chip, "beside a compiler", parts)
-    measured = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-    return (
-        session.speed(wall, tokens, cost)
-        | _shape(work, top_k=job.architecture.top_k, rank=rank, remat=settings.remat, trainable=tree.count(job.state.trainable))
-        | {"argument_gb": sizes.argument_size_in_bytes / 1e9, "temporary_gb": sizes.temp_size_in_bytes / 1e9}
-        | {"predicted_gb": predicted.peak / 1e9, "predicted_over_compiled": predicted.peak / measured}
-        | ({"kernel": session.kernel} if job.architecture.sparse else {})
-        | (profile(ready) if profiled else {})
-    )
+    predicted = analytic.estimate(job, chip, "beside a compiler", parts).peak
+    found = session.speed(wall, tokens, cost) | _shape(work, top_k=job.architecture.top_k, rank=rank, remat=settings.remat)
+    return found | {
+        "kernel": session.kernel if job.architecture.sparse else None,
+        "trainable": tree.count(trained),
+        "argument_gb": sizes.argument_size_in_bytes / 1e9,
+        "temporary_gb": sizes.temp_size_in_bytes / 1e9,
+        "predicted_gb": predicted / 1e9,
+        "predicted_over_compiled": predicted / (sizes.argument_size_in_bytes + sizes.temp_size_in_bytes),
+        **(profile(ready) if profiled else {}),
+    }
 
 
 def _shape(work: Work, **others: Any) -> measuring.Row:
@@ -340,22 +343,17 @@ Case = Callable[[Session], measuring.Row]
 def cases(size: Size) -> dict[str, Case]:
     """All cases by name, in the order in which they are measured: what others need first, what costs most memory alone."""
     found: dict[str, Case] = {"correctness": correctness, "peak": peak, "grouped matmul": grouped_matmul}
-    for name, work in (("7B", size.large), ("1B", size.small)):
-        for rank in (0, size.rank):
-            kind = f"rank {rank}" if rank else "full"
-            profiled = name == "7B" and not rank
-            found[f"expert step, {name}, {kind}"] = functools.partial(
-                step, work=work, phase="expert", rank=rank, profiled=profiled
-            )
-    for top_k in (2, 4):
-        found[f"joint step, 7B, 8 experts, {top_k} active"] = functools.partial(
-            step, work=size.joint, phase="joint", top_k=top_k
-        )
-    for top_k in (2, 4):
-        found[f"merged forward, 7B, 8 experts, {top_k} active"] = functools.partial(forward, top_k=top_k)
-    found["prefill, 7B, 8 experts, 4 active"] = prefill
+    for index, (name, work) in enumerate(size.pairs):
+        full, low = (functools.partial(step, work=work, phase="expert", rank=rank) for rank in (0, size.rank))
+        found[f"expert step, {name}, full"] = full if index else functools.partial(full, profiled=True)
+        found[f"expert step, {name}, rank {size.rank}"] = low
+    for k in size.active:
+        found[f"joint step, 7B, {k} of 8 experts"] = functools.partial(step, work=size.joint, phase="joint", top_k=k)
+    for k in size.active:
+        found[f"merged forward, 7B, {k} of 8 experts"] = functools.partial(forward, top_k=k)
+    found["prefill, 7B, 4 of 8 experts"] = prefill
     for batch in size.served:
-        found[f"decode, 7B, 8 experts, 4 active, batch {batch}"] = functools.partial(decoding, batch=batch)
+        found[f"decode, 7B, 4 of 8 experts, batch {batch}"] = functools.partial(decoding, batch=batch)
     return found
 
 

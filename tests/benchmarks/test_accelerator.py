@@ -19,6 +19,7 @@ def kept(directory):
     return {row["what"].removesuffix(", toy"): row for row in rows}
 
 
+@pytest.mark.slow  # compiles nine steps
 def test_every_case_is_measured(tmp_path, capsys):
     accelerator.measure("toy", 600)
     rows, names = kept(tmp_path), list(accelerator.cases(accelerator.SIZES["toy"]))
@@ -38,7 +39,21 @@ def test_every_case_is_measured(tmp_path, capsys):
     profile = rows["expert step, 7B, full"]
     assert set(profile["profile_ms"]) == {*accelerator.SCOPES, "other"} and "profile_error" not in profile
     assert profile["profile_events"] and profile["profile_ms"]["experts"] > 0
-    assert all(name in capsys.readouterr().out.split("predicted over compiled")[1] for name in names)
+    printed = capsys.readouterr().out.split("predicted over compiled")[1]
+    assert all(name in printed for name in names)
+
+
+def test_the_full_size_has_every_case():
+    assert list(accelerator.cases(accelerator.SIZES["full"])) == [
+        "correctness",
+        "peak",
+        "grouped matmul",
+        *(f"expert step, {size}, {kind}" for size in ("7B", "1B") for kind in ("full", "rank 64")),
+        *(f"joint step, 7B, {k} of 8 experts" for k in (2, 4)),
+        *(f"merged forward, 7B, {k} of 8 experts" for k in (2, 4)),
+        "prefill, 7B, 4 of 8 experts",
+        *(f"decode, 7B, 4 of 8 experts, batch {batch}" for batch in (1, 32)),
+    ]
 
 
 def test_a_case_that_fails_leaves_its_error_and_the_rest_runs(tmp_path, monkeypatch):
@@ -56,7 +71,7 @@ def test_the_deadline_leaves_a_row_that_names_what_was_left_out(tmp_path):
     accelerator.measure("toy", -1, ["decode"])
     (row,) = kept(tmp_path).values()
     assert "deadline" in row["error"]
-    assert row["left_out"] == ["peak", *(f"decode, 7B, 8 experts, 4 active, batch {batch}" for batch in (1, 4))]
+    assert row["left_out"] == ["peak", "decode, 7B, 4 of 8 experts, batch 2"]
 
 
 def test_a_layer_that_is_far_off_ends_the_run_with_an_error_behind_all_rows(tmp_path, monkeypatch):
