@@ -25,7 +25,7 @@ def resident(line):
 
 def main():
     memory.keep_freed()
-    config = conftest.job("public", mesh={}, batch_size=16)
+    config = conftest.job("public", mesh={}, batch_size=16, load_balance_loss=1e-2)  # one part: see `program.micro_batches`
     config.model, config.data.seq_len = MODEL, 256
     job = conftest.program(config, conftest.cpu(1))
     lowered = facts.Lowered(job)
