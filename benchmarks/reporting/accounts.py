@@ -23,15 +23,11 @@ def comparable(measures: Measures) -> list[str]:
     found = []
     inputs = _named(rows, "inputs")
     if len(inputs) > 1:
-        (digest, _), *others = inputs.items()
-        odd = "; ".join(f"`{other:.12}`: {who}" for other, who in others)
-        found.append(f"**Not comparable: rows were made of different `inputs`.** Most of `{digest:.12}`, but {odd}.")
+        found.append(f"**Not comparable: rows were made of different `inputs`.** {_most(inputs)}")
     for seed in measures.seeds:
         anchors = _named([row for row in rows if row["seed"] == seed], "anchor")
         if len(anchors) > 1:
-            (digest, _), *others = anchors.items()
-            odd = "; ".join(f"`{other:.12}`: {who}" for other, who in others)
-            found.append(f"**Not comparable: seed {seed} has several anchors.** Most of `{digest:.12}`, but {odd}.")
+            found.append(f"**Not comparable: seed {seed} has several anchors.** {_most(anchors)}")
     commits = _named(rows, "commit")
     if len(commits) > 1:
         (commit, _), *others = commits.items()
@@ -42,6 +38,13 @@ def comparable(measures: Measures) -> list[str]:
         said = ", ".join(f"`{commit:.40}`" for commit in changed)
         found.append(f"Code that is in no commit, `{CHANGED}`: {said}.")
     return found
+
+
+def _most(groups: dict[str, str]) -> str:
+    """Which digest most rows have, and who has another one; `groups` as from `_named`."""
+    (digest, _), *others = groups.items()
+    odd = "; ".join(f"`{other:.12}`: {who}" for other, who in others)
+    return f"Most of `{digest:.12}`, but {odd}."
 
 
 def _named(rows: Iterable[Row], field: str) -> dict[str, str]:
