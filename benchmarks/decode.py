@@ -52,13 +52,13 @@ def against_peer(size: str, batch: int, peer: bool) -> measuring.Row:
 
 
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Requests at once.")
-_SIZE = flags.DEFINE_string("size", "small", f"One of {', '.join(expert_step.SHAPES)}.")
+_SHAPE = flags.DEFINE_string("shape", "small", f"One of {', '.join(expert_step.SHAPES)}.")
 
 
 def main(argv: list[str]) -> None:
     facts = measuring.machine()
     for batch in map(int, _BATCHES.value):
-        measuring.keep(FILE, [against_peer(_SIZE.value, batch, expert_step.PEER.value)], facts)
+        measuring.keep(FILE, [against_peer(_SHAPE.value, batch, expert_step.PEER.value)], facts)
 
 
 if __name__ == "__main__":

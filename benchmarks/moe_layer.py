@@ -79,12 +79,12 @@ def _peer(shapes: str, kind: str) -> measuring.Row:
     return {f"{name}_ms": found[name]["ms"] for name in ("forward", "both")}
 
 
-_SIZES = flags.DEFINE_list("sizes", ["small"], f"Of {', '.join(expert_step.SHAPES)}.")
+_SHAPES = flags.DEFINE_list("shapes", ["small"], f"Of {', '.join(expert_step.SHAPES)}.")
 
 
 def main(argv: list[str]) -> None:
     facts = measuring.machine()
-    for size in _SIZES.value:
+    for size in _SHAPES.value:
         measuring.keep(FILE, [against_peer(size, expert_step.PEER.value)], facts)
 
 

@@ -1,5 +1,6 @@
 """What measures speed runs, at toy shapes, and says what it measured; how fast anything is, is never asserted here."""
 
+import importlib
 import json
 import pathlib
 
@@ -29,6 +30,13 @@ def test_a_mixture_layer_and_a_decoder_are_measured():
     assert set(moe_layer.measure("toy")) == {"forward_ms", "both_ms"}
     found = decode.measure("toy", 2)
     assert 0 < found["tokens"] <= 8
+
+
+def test_flags_of_benchmarks_do_not_clash():
+    names = [f"benchmarks.{path.stem}" for path in sorted(pathlib.Path("benchmarks").glob("[a-z]*.py"))]
+    assert "benchmarks.run" in names and "benchmarks.decode" in names
+    for name in names:
+        importlib.import_module(name)
 
 
 def test_rows_replace_those_of_the_same_case_and_machine_only(tmp_path, monkeypatch):
