@@ -276,7 +276,7 @@ def forward(
         stats = None if routing is None else router.stats(routing, weights)
         return h, (stats, read if keep_states else None)
 
-    step = _remat(layer_step, compute)
+    step = jax.jit(_remat(layer_step, compute))  # traced once for all layers
     stacked = {"layers": params["layers"], "experts": params["experts"]}
     h = collectives.look_up(params["embed"]["embedding"], tokens, compute.dtype, mesh)
     if compute.scan:

@@ -162,6 +162,7 @@ def make_gradient(
         gradients, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, (as_stored(gradients), metrics), (micro, share))[0]
 
+    gradient = jax.jit(gradient)  # traced once, for its shapes and for its values
     return gradient if config.accumulation == 1 else accumulated
 
 
