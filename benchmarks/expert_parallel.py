@@ -89,7 +89,7 @@ def measure(choices: Choices, experts: int) -> dict[str, Any]:
         wall, cpu = measuring.timed(call)
         walls |= {f"{name}_ms": 1e3 * wall, f"{name}_cpu_ms": 1e3 * cpu}
     sizes = np.bincount(choices.reshape(-1), minlength=experts)
-    in_blocks = int(np.ceil(sizes / kernels.BLOCK_ROWS).sum()) * kernels.BLOCK_ROWS
+    in_blocks = int(np.ceil(sizes / kernels.BLOCKS[-1]).sum()) * kernels.BLOCKS[-1]
     return {"experts": experts, "rows": int(sizes.sum()), "rows_in_blocks": in_blocks, "largest": int(sizes.max()), **walls}
 
 

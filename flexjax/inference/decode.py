@@ -16,11 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexjax import errors, tree
 from flexjax.inference import sampling
-from flexjax.model import attention, router, transformer
+from flexjax.model import attention, kernels, router, transformer
 
 Weights = dict[str, Any]
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, so that few lengths are compiled
 STREAM_TOKENS = 8  # tokens between two looks at a stream
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,14 @@ def serving_layout(params: transformer.Params, architecture: transformer.Archite
     """Separates stacked parameters into one leaf per layer and expert, cast to the dtype of computation.
 
     Slicing stacked weights inside the loop over tokens would copy them at every step. Router rows, biases and norms stay in
-    float32. Returns {embed, head, layers: [per layer], experts: [per layer]}; each FFN leaf is a tuple over its bank.
+    float32. Returns {embed, head, layers: [per layer], experts: [per layer]}; each FFN leaf is a tuple over its bank. The
+    matrices of layers lie as `kernels.to_decode` says.
     """
 
-    def cast(path: str, leaf: Any) -> Array:
+    def cast(path: str, leaf: Any) -> Any:
         exact = "/router/" in path or "norm" in path
-        return jnp.asarray(leaf, jnp.float32 if exact else dtype)
+        weight = jnp.asarray(leaf, jnp.float32 if exact else dtype)
+        return kernels.to_decode(weight) if path.rpartition("/")[2] in MATRICES else weight
 
     def layer(part: str, index: int) -> tree.Tree:
         flat = {path: leaf[index] for path, leaf in tree.flatten(params[part]).items()}
@@ -201,7 +204,7 @@ class Decoder:
             h, new = attention.block(h, layer, config, rotary, mask)
             read = router.remember(h, positions, config.router_memory)
             h, _ = transformer.expert_block(h, layer, _stack(experts), self.architecture, allowed, read=read)
-            new = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, S - T), (0, 0), (0, 0))), new)
+            new = jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, S - T), (0, 0))), new)
             cache.append(Past(new, read[:, -1:]))
         return h, cache
 
@@ -254,4 +257,8 @@ def check(request: Request, architecture: transformer.Architecture, max_new_toke
 
 def _stack(experts: tree.Tree) -> tree.Tree:
     """One layer's experts with an expert axis again, as the paths for many tokens want them."""
-    return tree.map_with_path(lambda _, leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf, experts)
+
+    def stack(_: str, leaf: Any) -> Array:
+        return jnp.stack([kernels.to_prefill(expert) for expert in leaf]) if isinstance(leaf, tuple) else leaf
+
+    return tree.map_with_path(stack, experts)

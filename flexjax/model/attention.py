@@ -130,10 +130,19 @@ def attend(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KeyValues:
-    """Cached keys and values of one layer, [B, S, K, H] each."""
+    """Cached keys and values of one layer: heads first, so that a step of one token multiplies them as they lie."""
 
-    k: Array
-    v: Array
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+
+
+def _swap(x: Array) -> Array:
+    """Heads first or tokens first, whichever it is not."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def _write(old: Array, new: Array, position: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=2)
 
 
 def block(
@@ -160,10 +169,11 @@ def block(
     v = project("v", "kv_heads").reshape(B, T, config.num_kv_heads, config.head_dim)
     q = rotate(q.reshape(B, T, config.num_heads, config.head_dim), *rotary)
     k = rotate(k.reshape(B, T, config.num_kv_heads, config.head_dim), *rotary)
+    kept = KeyValues(_swap(k), _swap(v))
     if cache is not None:
         past, position = cache
-        k = jax.lax.dynamic_update_slice_in_dim(past.k, k.astype(past.k.dtype), position, axis=1)
-        v = jax.lax.dynamic_update_slice_in_dim(past.v, v.astype(past.v.dtype), position, axis=1)
+        kept = jax.tree.map(lambda old, new: _write(old, new, position), past, kept)
+        k, v = _swap(kept.k), _swap(kept.v)
     out = sharding.constrain(attend(q, k, v, mask).reshape(B, T, -1), mesh, "batch", None, "heads")
     out = sharding.constrain(kernels.project(out, w["o"]), mesh, "batch", None, None)
-    return h + rms_norm(out, layer["norms"]["attention"], config.norm_eps), KeyValues(k, v)
+    return h + rms_norm(out, layer["norms"]["attention"], config.norm_eps), kept

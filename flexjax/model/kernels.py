@@ -4,7 +4,7 @@ Grouped: rows of `x` that belong to group g lie together, from `starts[g]` on, `
 rows that belong to no group give zeros. Three kernels do it:
 
     blocks  works a group off in blocks of rows, so the cost follows the rows that exist: nothing is dropped and the last
-            block of a group alone is padded; XLA copies a group's weights once, as part of reading them
+            block of a group, a small one, alone is padded; XLA copies a group's weights once, as part of reading them
     ragged  `jax.lax.ragged_dot`: a kernel of its own on TPU. On CPU, and where else XLA has none, every row is multiplied by
             every group and zeros are added up, so that a NaN in one group's weights reaches the rows of all
     dense   multiplies every row by every group and selects: slow, and right everywhere
@@ -26,16 +26,39 @@ from jaxtyping import Array, Float, Int
 
 from flexjax import errors
 
-BLOCK_ROWS = 128
+BLOCKS = (512, 256, 64)  # rows
 CANDIDATES = {"cpu": ("blocks", "dense"), "tpu": ("ragged", "blocks", "dense")}  # in order of preference
 BY_TIME = ("blocks", "ragged", "dense")  # elsewhere, what is fastest depends on the device and the version of XLA
 TOLERANCES = {"cpu": {"float32": 1e-5}}  # of the largest value
 ROUGH = {"float32": 2e-2, "bfloat16": 2e-2}  # elsewhere, where a float32 product may be made of bfloat16 ones
 
 
-def project(x: Float[Array, "... D"], w: Float[Array, "D F"]) -> Float[Array, "... F"]:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A weight [D, F] that lies as [F, D]."""
+
+    array: Float[Array, "F D"]
+
+
+def to_decode(w: Float[Array, "D F"]) -> Float[Array, "D F"] | Transposed:
+    """A weight as it is multiplied fastest by a few rows: on CPU it lies the other way round, so that it needs no packing."""
+    return Transposed(jnp.transpose(w)) if jax.default_backend() == "cpu" else w
+
+
+def to_prefill(w: Float[Array, "D F"] | Transposed) -> Float[Array, "D F"]:
+    """The weight as it was before `to_decode`."""
+    return w.array.T if isinstance(w, Transposed) else w
+
+
+def project(x: Float[Array, "... D"], w: Float[Array, "D F"] | Transposed) -> Float[Array, "... F"]:
     """x @ w in the dtype of `x`, as one matrix: on CPU, a weight gradient over two axes takes three times as long."""
-    return jnp.dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, Transposed):  # `keep`: or XLA turns it into the other product, for which it packs the weight
+        y = keep(jax.lax.dot_general(w.array.astype(x.dtype), rows, (((1,), (1,)), ((), ())))).T
+    else:
+        y = jnp.dot(rows, w.astype(x.dtype))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def keep(x: Array) -> Array:
@@ -47,49 +70,57 @@ def _begin(starts: Array | None, sizes: Array) -> Array:
     return jnp.cumsum(sizes) - sizes if starts is None else starts
 
 
-def _fold(starts: Array, sizes: Array, group: int, step: Callable[[Array, Array, Array], Array], initial: Array) -> Array:
-    """Folds `step(carry, first_row, rows_that_count)` over the blocks of one group."""
+def _fold(begin: Array, end: Array, rows: int, step: Callable[[Array, Array, Array | None, int], Array], carry: Array) -> Array:
+    """Folds `step(carry, first_row, rows_that_count, size)` over a group: as many large blocks as fill, then smaller ones.
 
-    def body(i: Array, carry: Array) -> Array:
-        counts = i * BLOCK_ROWS + jnp.arange(BLOCK_ROWS) < sizes[group]
-        return step(carry, starts[group] + i * BLOCK_ROWS, counts[:, None])
+    The last block alone may hold rows of others: `rows_that_count` is None for all before it. It never reaches past the end.
+    """
+    sizes = [size for size in BLOCKS if size <= rows] or [rows]
+    for index, size in enumerate(sizes):
+        last = index == len(sizes) - 1
+        count = (end - begin + (size - 1 if last else 0)) // size
 
-    return jax.lax.fori_loop(0, (sizes[group] + BLOCK_ROWS - 1) // BLOCK_ROWS, body, initial)
+        def body(i: Array, carry: Array, begin: Array = begin, size: int = size, last: bool = last) -> Array:
+            first = jnp.minimum(begin + i * size, rows - size)
+            row = first + jnp.arange(size)
+            counts = (row >= begin + i * size) & (row < end)
+            return step(carry, first, counts[:, None] if last else None, size)
 
-
-def _block(x: Array, start: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, BLOCK_ROWS)
-
-
-def _pad(x: Array) -> Array:
-    return jnp.pad(x, ((0, BLOCK_ROWS), (0, 0)))  # a block never reaches past the end, where a slice would be moved
+        carry = jax.lax.fori_loop(0, count, body, carry)
+        begin = begin + count * size
+    return carry
 
 
 def _matmul_by_blocks(x: Array, w: Array, starts: Array | None, sizes: Array, *, transpose: bool = False) -> Array:
-    starts = _begin(starts, sizes)
-    rows, padded = x.shape[0], _pad(x)
-    out = jnp.zeros_like(x, shape=(rows + BLOCK_ROWS, w.shape[1 if transpose else 2]))
+    starts, rows = _begin(starts, sizes), x.shape[0]
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
-    for group in range(w.shape[0]):
+
+    def of_group(group: Array, out: Array) -> Array:
         weight = w[group]
 
-        def step(carry: Array, start: Array, counts: Array, weight: Array = weight) -> Array:
-            y = jax.lax.dot_general(_block(padded, start), weight, contract)
-            return jax.lax.dynamic_update_slice_in_dim(carry, jnp.where(counts, y, _block(carry, start)), start, 0)
+        def step(out: Array, first: Array, counts: Array | None, size: int) -> Array:
+            y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(x, first, size), weight, contract)
+            if counts is not None:
+                y = jnp.where(counts, y, jax.lax.dynamic_slice_in_dim(out, first, size))
+            return jax.lax.dynamic_update_slice_in_dim(out, y, first, 0)
 
-        out = _fold(starts, sizes, group, step, out)
-    return out[:rows]
+        return _fold(starts[group], starts[group] + sizes[group], rows, step, out)
+
+    return jax.lax.fori_loop(0, w.shape[0], of_group, jnp.zeros_like(x, shape=(rows, w.shape[1 if transpose else 2])))
 
 
 def _weight_grad_by_blocks(x: Array, dy: Array, starts: Array, sizes: Array) -> Array:
-    x, dy = _pad(x), _pad(dy)
+    def of_group(group: Array) -> Array:
+        def step(total: Array, first: Array, counts: Array | None, size: int) -> Array:
+            mine = [jax.lax.dynamic_slice_in_dim(array, first, size) for array in (x, dy)]
+            if counts is not None:
+                mine = [jnp.where(counts, array, 0) for array in mine]
+            return total + jnp.einsum("RD,RF->DF", *mine, preferred_element_type=jnp.float32)
 
-    def step(carry: Array, start: Array, counts: Array) -> Array:
-        rows, grads = jnp.where(counts, _block(x, start), 0), jnp.where(counts, _block(dy, start), 0)
-        return carry + jnp.einsum("RD,RF->DF", rows, grads, preferred_element_type=jnp.float32)
+        zero = jnp.zeros_like(x, jnp.float32, shape=(x.shape[1], dy.shape[1]))
+        return _fold(starts[group], starts[group] + sizes[group], x.shape[0], step, zero).astype(x.dtype)
 
-    zero = jnp.zeros_like(x, jnp.float32, shape=(x.shape[1], dy.shape[1]))
-    return jnp.stack([_fold(starts, sizes, group, step, zero) for group in range(sizes.shape[0])]).astype(x.dtype)
+    return jax.lax.map(of_group, jnp.arange(sizes.shape[0]))
 
 
 def _backward_by_blocks(x: Array, w: Array, starts: Array | None, sizes: Array, dy: Array) -> tuple[Array, Array]:

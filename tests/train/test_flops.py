@@ -87,10 +87,11 @@ def test_a_sparse_layer_counts_the_chosen_experts_only():
 
 
 @pytest.mark.parametrize("pattern", [".*", "experts/joint/.*", "experts/joint/ffn/down"])
-def test_the_sparse_path_computes_what_the_chosen_experts_cost(pattern):
+def test_the_sparse_path_computes_what_the_chosen_experts_cost(pattern, monkeypatch):
     """Tokens that two of three experts share evenly fill one block per expert: one trip of each loop over blocks."""
+    monkeypatch.setattr(kernels, "BLOCKS", (128,))
     sparse = dataclasses.replace(ALL, top_k=2)
-    batch_size = kernels.BLOCK_ROWS * 3 // 2 // tiny.SEQ_LEN
+    batch_size = 128 * 3 // 2 // tiny.SEQ_LEN
     trainable, frozen = tree.partition(transformer.abstract(sparse), pattern)
     trainable = jax.eval_shape(router.free, trainable)
     expected = flops.per_token(sparse, trainable, tiny.SEQ_LEN).total
