@@ -80,19 +80,25 @@ def ready(config: config_lib.Config) -> Ready:
     return Ready(made, made.compile(), state, frozen, batch)
 
 
+def analytic(step: Ready) -> float:
+    """FLOPs of a step, by formula."""
+    (batch_size, seq_len), trained = step.batch["tokens"].shape, step.job.state.trainable
+    return flops.per_token(step.job.architecture, trained, seq_len).total * batch_size * seq_len
+
+
 def measure(config: config_lib.Config) -> measuring.Row:
     """A job's step: what is trained, what it costs, and how long it takes."""
     step = ready(config)
     wall, cpu = measuring.timed(step.once)
     tokens = config.train.batch_size * config.data.seq_len
     trained = step.job.state.trainable
-    analytic = flops.per_token(step.job.architecture, trained, config.data.seq_len).total * tokens
+    least = analytic(step)
     executed = sum(hlo.dot_flops(hlo.Module(step.run.as_text())).values())
     return {
         "trainable": tree.count(trained),
         "optimizer_bytes": checkpoint.size(step.job.state.optimizer),
-        "gflops": analytic / 1e9,
-        "executed_over_analytic": executed / analytic,
+        "gflops": least / 1e9,
+        "executed_over_analytic": executed / least,
         "micro_batches": program.micro_batches(config.train, sharding.one_device(), config.data.seq_len),
         "ms": wall * 1e3,
         "cpu_ms": cpu * 1e3,

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from benchmarks import decode, expert_step, measuring, moe_layer
+from benchmarks import decode, expert_step, growth, measuring, moe_layer, overheads
 from benchmarks.peer import call
 from flexjax import errors
 
@@ -30,6 +30,21 @@ def test_a_mixture_layer_and_a_decoder_are_measured():
     assert set(moe_layer.measure("toy")) == {"forward_ms", "both_ms"}
     found = decode.measure("toy", 2)
     assert 0 < found["tokens"] <= 8
+
+
+def test_growth_is_measured_beside_that_of_flops(monkeypatch):
+    assert growth.slope((1, 2, 4), (3, 6, 12)) == pytest.approx(1) and growth.slope((1, 2, 4), (5, 5, 5)) == pytest.approx(0)
+    monkeypatch.setitem(growth.AXES, "active", ((1, 2), growth.AXES["active"][1]))
+    found = growth.measure("active", "toy")
+    assert found["values"] == [1, 2] and min(found["ms"]) > 0
+    assert 0 < found["slope_of_flops"] < 1, "a second expert costs less than all else"
+
+
+def test_what_masks_metrics_and_checkpoints_cost_is_measured(monkeypatch):
+    monkeypatch.setattr(overheads, "ROUNDS", 1)
+    found = overheads.measure("toy")
+    assert found["logging"] > 0 and found["checkpoints"] > 0
+    assert found["together"] == pytest.approx(sum(found[name] for name in ("mask", "metrics", "logging", "checkpoints")))
 
 
 def test_flags_of_benchmarks_do_not_clash():
