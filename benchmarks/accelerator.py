@@ -12,13 +12,10 @@ import dataclasses
 import functools
 import gc
 import os
-import pathlib
 import re
 import statistics
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,21 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import expert_step, measuring
+from benchmarks import expert_step, measuring, oracle, profiles
 from flexjax import config as config_lib
 from flexjax import errors, hardware, presets, tree
 from flexjax.inference import decode
-from flexjax.model import kernels, moe, router, transformer
+from flexjax.model import kernels, moe, transformer
 from flexjax.planning import analytic
 from flexjax.train import flops, program
 
 FILE = "accelerator.jsonl"
 OWNERS = tuple(f"e{e}" for e in range(1, 8))  # beside `public`: 8 experts
 TOLERANCE = 2e-2  # relative error norm; a float32 product of an accelerator may be made of shorter ones
-SCOPES = ("attention", "experts", "head", "optimizer")
-SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
-INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name="([^"]*)"', re.MULTILINE)
-CONTAINERS = re.compile(r"(while|conditional|call)[.\d]*$")  # their events last as long as those inside
 DTYPE = jnp.bfloat16
 
 
@@ -117,48 +110,12 @@ class Session:
         return {"ms": 1e3 * wall, "tokens_per_second": tokens / wall, "tflops": cost / 1e12, "mfu": mfu}
 
 
-def oracle(h: np.ndarray, rows: np.ndarray, experts: Mapping[str, np.ndarray], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mixture of [n, D] in float64, one token and expert after the other, and the experts [n, k] that were chosen."""
-    y, chosen = np.zeros(h.shape), []
-    for t, x in enumerate(h):
-        logits = rows @ x
-        weights = np.exp(logits - logits.max())
-        chosen.append(np.argsort(-weights, kind="stable")[:top_k])
-        for e in chosen[-1]:
-            gate = x @ experts["gate"][e]
-            inner = gate / (1 + np.exp(-gate)) * (x @ experts["up"][e])
-            y[t] += weights[e] / weights.sum() * (inner @ experts["down"][e])
-    return y, np.stack(chosen)
-
-
-def deviation(size: Size, owners: Sequence[str], dtype: str) -> tuple[float, float]:
-    """Of a layer with 2 active experts: the relative error norm where routing agrees, and the share of tokens where not."""
-    (n, d, f), random, experts = size.layer, np.random.default_rng(), 1 + len(owners)
-    shapes = {"gate": (experts, d, f), "up": (experts, d, f), "down": (experts, f, d)}
-    ffn = {part: jnp.asarray(random.normal(size=shape) / shape[1] ** 0.5, dtype) for part, shape in shapes.items()}
-    h, rows = jnp.asarray(random.normal(size=(1, n, d)), dtype), jnp.asarray(random.normal(size=(experts, d)) / 4, jnp.float32)
-    banks = (config_lib.Bank("public", ("public",), f, biased=False), config_lib.Bank("owners", tuple(owners), f))
-
-    @jax.jit
-    def layer(h: jax.Array, rows: jax.Array, ffn: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        routing = router.route(h, rows, jnp.zeros(experts), 2, None)
-        parts = [{part: w[own] for part, w in ffn.items()} for own in (slice(1), slice(1, None))]
-        return moe.apply(h, parts, banks, routing, None), routing.indices
-
-    y, chosen = (np.asarray(x.astype(jnp.float32), np.float64)[0] for x in layer(h, rows, ffn))
-    exact = [np.asarray(x.astype(jnp.float32), np.float64) for x in (h[0], rows, *ffn.values())]
-    expected, ours = oracle(exact[0], exact[1], dict(zip(ffn, exact[2:], strict=True)), 2)
-    alike = (np.sort(chosen) == np.sort(ours)).all(axis=1)
-    error = np.linalg.norm((y - expected)[alike]) / np.linalg.norm(expected[alike])
-    return float(error), float(1 - alike.mean())
-
-
 def correctness(session: Session) -> measuring.Row:
     """The sparse layer and an expert's pair against the oracle, fresh random inputs each time."""
     found: measuring.Row = {}
     for name, owners in (("sparse", OWNERS), ("pair", OWNERS[:1])):
         for dtype in ("float32", "bfloat16"):
-            error, otherwise = deviation(session.size, owners, dtype)
+            error, otherwise = oracle.deviation(session.size.layer, 1 + len(owners), dtype)
             found |= {f"{name}_{dtype}": error, f"{name}_{dtype}_routed_otherwise": otherwise}
             if not (error <= TOLERANCE and otherwise <= TOLERANCE):
                 session.off.append(f"{name} layer in {dtype}: error {error:.1e}, {otherwise:.1%} of tokens routed otherwise")
@@ -203,13 +160,8 @@ def _job(work: Work, phase: str, rank: int = 0, top_k: int = 2) -> config_lib.Co
 def step(session: Session, work: Work, phase: str, rank: int = 0, top_k: int = 2, profiled: bool = False) -> measuring.Row:
     """A training step: its speed, and its memory beside what the planner's formulas say."""
     config = _job(work, phase, rank, top_k)
-    ready = expert_step.ready(config)
+    ready = expert_step.ready(config, session.kernel)
     job, settings = ready.job, config.train
-    usual = kernels.CANDIDATES.get(jax.default_backend(), kernels.BY_TIME)[0]
-    if job.architecture.sparse and session.kernel not in ("auto", usual):
-        choices = config_lib.MeshConfig()
-        job = program.Program(job.architecture, settings, job.mesh, choices, work.seq_len, session.kernel)
-        ready = dataclasses.replace(ready, job=job, run=job.compile())
     wall, _ = measuring.timed(ready.once)
     tokens, trained, sizes = work.batch * work.seq_len, job.state.trainable, ready.run.memory_analysis()
     cost = flops.per_token(job.architecture, trained, work.seq_len).total * tokens
@@ -223,7 +175,7 @@ def step(session: Session, work: Work, phase: str, rank: int = 0, top_k: int = 2
         "temporary_gb": sizes.temp_size_in_bytes / 1e9,
         "predicted_gb": predicted / 1e9,
         "predicted_over_compiled": predicted / (sizes.argument_size_in_bytes + sizes.temp_size_in_bytes),
-        **(profile(ready) if profiled else {}),
+        **(profiles.profile(ready) if profiled else {}),
     }
 
 
@@ -231,44 +183,6 @@ def _shape(work: Work, **others: Any) -> measuring.Row:
     model = work.model
     shape = {"layers": model.num_layers, "d_model": model.d_model, "d_ff": model.d_ff, "vocab": model.vocab_size}
     return shape | {"batch": work.batch, "seq_len": work.seq_len} | others
-
-
-def profile(ready: expert_step.Ready, steps: int = 3) -> measuring.Row:
-    """Milliseconds of device events per step by named scope; never an error, since a profiler may be missing."""
-    try:
-        with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # about types of the profiler's own
-            with jax.profiler.trace(home):
-                for _ in range(steps):
-                    ready.once()
-            path = next(pathlib.Path(home).rglob("*.xplane.pb"))
-            events = list(_events(jax.profiler.ProfileData.from_file(str(path))))
-        return {"profile_ms": by_scope(events, ready.run.as_text(), steps), "profile_events": len(events)}
-    except Exception as error:
-        return {"profile_ms": {}, "profile_error": _line(error)}
-
-
-def _events(data: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
-    """Instruction and nanoseconds of each event on a device; of the host's where the host is the device."""
-    planes = list(data.planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:") and list(plane.lines)]
-    for plane in devices or planes:
-        lines = list(plane.lines)
-        operations = [line for line in lines if line.name == "XLA Ops"]  # other lines tell the same once more
-        for line in operations or [line for line in lines if not devices or line.name.startswith("Stream")]:
-            for event in line.events:
-                if name := dict(event.stats).get("hlo_op") or (event.name if devices else ""):
-                    yield str(name).lstrip("%").partition(" ")[0], event.duration_ns
-
-
-def by_scope(events: Sequence[tuple[str, float]], text: str, steps: int) -> dict[str, float]:
-    """Adds up events by the scope that the compiled program's metadata has for their instruction."""
-    scopes = {name: found[1] for name, path in INSTRUCTION.findall(text) if (found := SCOPE.search(path))}
-    total = dict.fromkeys((*SCOPES, "other"), 0.0)
-    for name, nanoseconds in events:
-        if not CONTAINERS.match(name):
-            total[scopes.get(name, "other")] += nanoseconds / 1e6 / steps
-    return total
 
 
 def forward(session: Session, top_k: int) -> measuring.Row:
@@ -357,10 +271,6 @@ def cases(size: Size) -> dict[str, Case]:
     return found
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 def measure(size: str, seconds: float, only: Sequence[str] = ()) -> list[measuring.Row]:
     """Measures and keeps row after row; the last one says how long all took and what the deadline left out.
 
@@ -385,7 +295,7 @@ def measure(size: str, seconds: float, only: Sequence[str] = ()) -> list[measuri
         try:
             row = case(session)
         except Exception as error:  # whatever it is, the others go on
-            row = {"error": _line(error)}
+            row = {"error": measuring.line(error)}
         keep(name, row | {"case_seconds": time.monotonic() - begin})
         gc.collect()  # what a failed case held
     late = {"error": f"the deadline of {seconds:g} s left out {len(left)} cases"} if left else {}

@@ -24,7 +24,7 @@ from absl import app, flags
 
 from benchmarks import measuring
 from benchmarks.peer import call
-from flexjax import checkpoint, jobs, presets, sharding, tree
+from flexjax import checkpoint, jobs, memory, presets, sharding, tree
 from flexjax import config as config_lib
 from flexjax.model import attention, losses, moe, router, transformer
 from flexjax.planning import hlo
@@ -67,11 +67,11 @@ class Ready:
         jax.block_until_ready(self.state)
 
 
-def ready(config: config_lib.Config) -> Ready:
-    """Compiles a job's step and puts random tokens before it."""
+def ready(config: config_lib.Config, kernel: str = "auto") -> Ready:
+    """Compiles a job's step and puts random tokens before it; `kernel` as for `moe.Dispatch`."""
     config_lib.resolve(config)
     architecture, settings, mesh = jobs.architecture(config), config.train, sharding.one_device()
-    made = program.Program(architecture, settings, mesh, config_lib.MeshConfig(), config.data.seq_len)
+    made = program.Program(architecture, settings, mesh, config_lib.MeshConfig(), config.data.seq_len, kernel)
     shape = (settings.batch_size, config.data.seq_len)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
     rows = {"tokens": ids, "targets": ids, "weights": np.ones(shape, np.float32), "segments": np.zeros(shape, np.int32)}
@@ -89,6 +89,9 @@ def analytic(step: Ready) -> float:
 def measure(config: config_lib.Config) -> measuring.Row:
     """A job's step: what is trained, what it costs, and how long it takes."""
     step = ready(config)
+    memory.give_back()  # as the training loop does
+    step.once()
+    memory.give_back()
     wall, cpu = measuring.timed(step.once)
     tokens = config.train.batch_size * config.data.seq_len
     trained = step.job.state.trainable

@@ -27,12 +27,13 @@ Row = dict[str, Any]
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether tracked files differ from it."""
+    """The commit that is checked out, and whether tracked files other than results differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
 
 
 def machine() -> Row:
@@ -72,6 +73,11 @@ def timed(call: Callable[[], Any], repeats: int | None = None) -> tuple[float, f
 def resident() -> float:
     """The most memory that this process has held, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def line(error: BaseException) -> str:
+    """An error as one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -27,3 +27,13 @@ def keep_freed() -> None:
         (M_TOP_PAD, 2**28),
     ):
         mallopt(parameter, value)
+
+
+def give_back() -> None:
+    """Gives the kernel what is freed now, once starting up is done: or a step's temporaries lie beside that rather than in it.
+
+    Behind the first step too: small things came to lie where its temporaries were, so that the second one's would get a place
+    of their own. 0.8 of 2.2 GB of a step of 37 M parameters.
+    """
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from flexjax import checkpoint as checkpoint_lib
 from flexjax import config as config_lib
-from flexjax import distributed, errors, sharding, tree, workdir
+from flexjax import distributed, errors, memory, sharding, tree, workdir
 from flexjax.data import pipeline as pipeline_lib
 from flexjax.model import dispatch, kernels, router, transformer
 from flexjax.train import flops, metrics, program
@@ -82,6 +82,7 @@ def train(
         log.note(f"{title}: resumed at step {start} of {settings.steps}")
     with clock.lost("compiling"):
         train_step = job.compile()
+        memory.give_back()
         distributed.barrier("compiled")  # the connections that the first step opens do not wait long
     log.note(f"{title}: {sharding.describe(mesh)}, compiled in {clock.seconds['compiling']:.1f} s")
     if architecture.sparse and mesh.size > 1:
@@ -112,6 +113,9 @@ def train(
                 profile(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, values = train_step(state, frozen, batch)
+                if step == start + 1:
+                    jax.block_until_ready(state)
+                    memory.give_back()
                 if previous is not None:
                     record(*previous)
                 previous = (step, values)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import accelerator, measuring
+from benchmarks import accelerator, measuring, profiles
 from flexjax import errors
 
 
@@ -37,7 +37,7 @@ def test_every_case_is_measured(tmp_path, capsys):
         if "decode" in name:
             assert row["of_bandwidth"] > 0 and 4 <= row["experts_read"] <= 8, name
     profile = rows["expert step, 7B, full"]
-    assert set(profile["profile_ms"]) == {*accelerator.SCOPES, "other"} and "profile_error" not in profile
+    assert set(profile["profile_ms"]) == {*profiles.SCOPES, "other"} and "profile_error" not in profile
     assert profile["profile_events"] and profile["profile_ms"]["experts"] > 0
     printed = capsys.readouterr().out.split("predicted over compiled")[1]
     assert all(name in printed for name in names)
@@ -87,7 +87,7 @@ def test_events_are_added_up_by_the_scope_of_their_instruction():
   ROOT dot.2 = f32[2]{0} dot(%a, %b), metadata={op_type="dot" op_name="jit(step)/while/body/checkpoint/experts/dot_general"}
   %while.3 = f32[2]{0} while(%a), metadata={op_name="jit(step)/head/while"}"""
     events = [("fusion.1", 2e6), ("dot.2", 4e6), ("while.3", 9e6), ("copy.4", 1e6)]
-    assert accelerator.by_scope(events, text, steps=2) == {
+    assert profiles.by_scope(events, text, steps=2) == {
         "attention": 1.0,
         "experts": 2.0,
         "head": 0.0,
