@@ -7,8 +7,6 @@ The points of an axis are compiled in one process and run in turn. Rows go to re
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -61,13 +59,7 @@ def measure(axis: str, shape: str) -> measuring.Row:
     """Milliseconds of a step at each point of an axis, and both slopes."""
     values, job = AXES[axis]
     steps = [expert_step.ready(job(shape, value)) for value in values]
-    walls: list[list[float]] = [[] for _ in steps]
-    for _ in range(measuring.REPEATS + 2):
-        for step, seen in zip(steps, walls, strict=True):
-            start = time.perf_counter()
-            step.once()
-            seen.append(time.perf_counter() - start)
-    ms = [1e3 * statistics.median(seen[2:]) for seen in walls]
+    ms = [1e3 * wall for wall in measuring.side_by_side([step.once for step in steps])]
     cost = [expert_step.analytic(step) for step in steps]
     found = {"values": list(values), "ms": ms, "gflops": [each / 1e9 for each in cost]}
     return {"what": f"growth with {MEANING[axis]}", **found, "slope": slope(values, ms), "slope_of_flops": slope(values, cost)}

@@ -13,7 +13,7 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,17 @@ def timed(call: Callable[[], Any], repeats: int | None = None) -> tuple[float, f
         walls.append(time.perf_counter() - start)
         cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return statistics.median(walls[2:]), statistics.median(cpus[2:])
+
+
+def side_by_side(calls: Sequence[Callable[[], Any]], rounds: int | None = None) -> list[float]:
+    """Median wall seconds of each call, made one after the other, round by round, after two rounds to warm up."""
+    walls: list[list[float]] = [[] for _ in calls]
+    for _ in range((rounds or REPEATS) + 2):
+        for call, seen in zip(calls, walls, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seen.append(time.perf_counter() - start)
+    return [statistics.median(seen[2:]) for seen in walls]
 
 
 def resident() -> float:

@@ -6,12 +6,10 @@ Programs with and without are run in turn; what happens every so many steps is t
 shared out over those steps, so that nothing hides behind another core. Rows go to results/overheads.jsonl.
 """
 
+import itertools
 import pathlib
-import resource
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,15 +42,10 @@ def measure(shape: str) -> measuring.Row:
     return {"what": f"overheads of a step, {shape}, %", **cost, "together": sum(cost.values())}
 
 
-def in_turn(programs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each, run one after the other, round by round."""
-    walls: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(ROUNDS + 2):
-        for name, call in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            walls[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seen[2:]) for name, seen in walls.items()}
+def added(without: Callable[[], Any], including: Callable[[], Any]) -> float:
+    """Percent that one call takes longer than another."""
+    base, whole = measuring.side_by_side([without, including], ROUNDS)
+    return 100 * (whole / base - 1)
 
 
 def mask(shape: str) -> float:
@@ -64,8 +57,7 @@ def mask(shape: str) -> float:
     tokens = jnp.zeros((expert_step.BATCH, expert_step.SEQ_LEN), jnp.int32)
     allowed = jnp.ones((expert_step.BATCH, len(architecture.experts)), bool)
     forward = jax.jit(lambda params, allowed: transformer.forward(params, tokens, architecture, allowed=allowed).hidden)
-    found = in_turn({"without": lambda: forward(params, None), "with": lambda: forward(params, allowed)})
-    return 100 * (found["with"] / found["without"] - 1)
+    return added(lambda: forward(params, None), lambda: forward(params, allowed))
 
 
 def in_step(step: expert_step.Ready) -> float:
@@ -76,15 +68,14 @@ def in_step(step: expert_step.Ready) -> float:
         step.state = silent(step.state, step.frozen, step.batch)
         jax.block_until_ready(step.state)
 
-    found = in_turn({"with": step.once, "without": alone})
-    return 100 * (found["with"] / found["without"] - 1)
+    return added(alone, step.once)
 
 
 def logging(step: expert_step.Ready, config: config_lib.Config, home: epath.Path) -> float:
     """CPU seconds of one logged row."""
     step.state, values = step.run(step.state, step.frozen, step.batch)
     log = metrics.Log(home, "overheads", 0, 1000, 1, 1.0, 1)
-    number = iter(range(1, 1000))
+    number = itertools.count(1)
     try:
         return measuring.timed(lambda: log.write(next(number), values, step.job.architecture.experts))[1]
     finally:
@@ -93,15 +84,13 @@ def logging(step: expert_step.Ready, config: config_lib.Config, home: epath.Path
 
 def saving(step: expert_step.Ready, home: pathlib.Path) -> float:
     """CPU seconds of one checkpoint, from copying to the commit."""
-    checkpoints, spent = checkpoint.Checkpoints(home / "checkpoints", keep=2), []
-    for number in range(1, measuring.REPEATS + 2):
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        checkpoints.save(number, step.state, {})
+    checkpoints, number = checkpoint.Checkpoints(home / "checkpoints", keep=2), itertools.count(1)
+
+    def save() -> None:
+        checkpoints.save(next(number), step.state, {})
         checkpoints.wait()
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    checkpoints.close()
-    return statistics.median(spent[1:])
+
+    return measuring.timed(save)[1]
 
 
 def main(argv: list[str]) -> None:

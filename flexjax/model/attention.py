@@ -50,6 +50,11 @@ def causal_mask(length: int, segments: Int[Array, "B T"] | None) -> Bool[Array, 
     return mask
 
 
+def _swap(x: Array) -> Array:
+    """Heads first or tokens first, whichever it is not."""
+    return x.transpose(0, 2, 1, 3)
+
+
 @jax.custom_vjp
 def _by_einsum(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Attention as XLA's CPU compiler does it fastest: heads first, and as few passes over the scores as can be."""
@@ -69,7 +74,7 @@ def _tokens_first(x: Array) -> Array:
 
 def _by_einsum_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
     groups, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
-    q, k, v = _heads_first(q, groups), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    q, k, v = _heads_first(q, groups), _swap(k), _swap(v)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(mask[:, :, None], scores, NEGATIVE)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -90,7 +95,7 @@ def _by_einsum_backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Arr
     dq = jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k)
     dk = jnp.einsum("BKGTS,BKGTH->BKSH", dscores, q)
     dv = jnp.einsum("BKGTS,BKGTH->BKSH", weights, dy)
-    return _tokens_first(dq), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), None
+    return _tokens_first(dq), _swap(dk), _swap(dv), None
 
 
 _by_einsum.defvjp(_by_einsum_forward, _by_einsum_backward)
@@ -134,11 +139,6 @@ class KeyValues:
 
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
-
-
-def _swap(x: Array) -> Array:
-    """Heads first or tokens first, whichever it is not."""
-    return x.transpose(0, 2, 1, 3)
 
 
 def _write(old: Array, new: Array, position: Array) -> Array:

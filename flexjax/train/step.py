@@ -133,6 +133,7 @@ def make_gradient(
             return gradients
         return jax.lax.with_sharding_constraint(gradients, sharding.of_state(gradients, axes, mesh))
 
+    @jax.jit  # traced once, for its shapes and for its values
     def gradient(trainable: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[tree.Tree, dict[str, Any]]:
         def loss(trainable: tree.Tree) -> tuple[Array, dict[str, Any]]:
             params = router.constrain(tree.combine(trainable, frozen))
@@ -162,7 +163,6 @@ def make_gradient(
         gradients, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, (as_stored(gradients), metrics), (micro, share))[0]
 
-    gradient = jax.jit(gradient)  # traced once, for its shapes and for its values
     return gradient if config.accumulation == 1 else accumulated
 
 

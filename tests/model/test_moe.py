@@ -126,7 +126,7 @@ def test_every_k_and_mask_equal_the_oracle(path, top_k, mask):
 
 @pytest.mark.parametrize("winner", ["even", "public", "b", "d"])
 def test_groups_across_block_borders_and_skewed_routing(winner):
-    """300 tokens: groups of 0, of all and of some tokens, starting and ending inside blocks of 128 rows."""
+    """300 tokens: groups of 0, of all and of some tokens, starting and ending inside blocks."""
     arrays = draw(SCRAMBLED, 5, 1, 300, seed=8)
     if winner != "even":
         arrays["h"][..., 0] = np.abs(arrays["h"][..., 0]) + 1

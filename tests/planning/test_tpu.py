@@ -5,7 +5,6 @@ Needs `libtpu` (the extra `plan`) and no TPU; one to five minutes for each, seve
 
 import collections as counting
 import importlib.util
-import json
 
 import jax
 import pytest
@@ -59,7 +58,6 @@ def forward():
 
 @pytest.mark.parametrize("lower", [expert_step, forward], ids=["2x7b-expert-step", "7x7b-forward"])
 def test_what_the_tpu_compiler_makes_of_it_is_the_golden_one(lower, request):
-    name = f"tpu-{request.node.callspec.id}"
     with jax.numpy_dtype_promotion("standard"):  # JAX itself mixes dtypes where it lowers attention for TPUs
         executable = lower().compile()
     module = hlo.Module(executable.as_text())
@@ -72,11 +70,4 @@ def test_what_the_tpu_compiler_makes_of_it_is_the_golden_one(lower, request):
         "sent": sum(sent for _, sent in found.values()),
         "operations": {kind: operations[kind] for kind in SEEN},
     }
-    path = test_goldens.HOME / f"{name}.json"
-    if not path.exists():
-        path.write_text(json.dumps(new, indent=1) + "\n")
-        pytest.fail(f"{path.name} was missing and has been written; look at it, then run again")
-    old = json.loads(path.read_text())
-    for what in new:
-        expected = old[what] if what == "collectives" else pytest.approx(old[what], rel=test_goldens.TOLERANCE)
-        assert new[what] == expected, test_goldens.RENEW.format(name=name, what=what, old=old[what], new=new[what])
+    test_goldens.check(f"tpu-{request.node.callspec.id}", new)
